@@ -1,0 +1,17 @@
+"""What happens around the calibration: folding, files, measurements, progress, numerics."""
+
+from omniquant_pl.callbacks.config import SaveConfig
+from omniquant_pl.callbacks.export import ExportCallback
+from omniquant_pl.callbacks.fold import FoldCallback
+from omniquant_pl.callbacks.metrics import MetricsCallback
+from omniquant_pl.callbacks.numerics import NumericsGuard
+from omniquant_pl.callbacks.progress import ProgressCallback
+
+__all__ = [
+    "ExportCallback",
+    "FoldCallback",
+    "MetricsCallback",
+    "NumericsGuard",
+    "ProgressCallback",
+    "SaveConfig",
+]

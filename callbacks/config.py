@@ -1,0 +1,28 @@
+"""Keeps the resolved configuration in the run folder."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from typing_extensions import override
+
+from omniquant_pl.checkpoint import write_text
+from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.trainer import SequentialTrainer
+
+__all__ = ["SaveConfig"]
+
+
+class SaveConfig(SaveConfigCallback, CalibrationCallback):
+    """Writes ``config.yaml`` into the run folder before any block is touched, when a run starts anew."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Does nothing: Lightning calls this once a block."""
+
+    @override
+    def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        if trainer.is_global_zero:
+            write_text(trainer.run_folder.config, self.parser.dump(self.config, skip_none=False))

@@ -1,0 +1,23 @@
+"""Folds each block when it has learned, and keeps its factors."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from typing_extensions import override
+
+from omniquant_pl.block import BlockModule
+from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.trainer import SequentialTrainer
+
+__all__ = ["FoldCallback"]
+
+
+class FoldCallback(CalibrationCallback):
+    """Puts the final weights into a block and writes ``blocks/<index>.safetensors``."""
+
+    @override
+    def on_block_trained(self, trainer: Trainer, block: BlockModule) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        block.fold()
+        if trainer.is_global_zero:
+            trainer.run_folder.save_factors(block.index, block.factors.export())

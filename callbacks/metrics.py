@@ -1,0 +1,107 @@
+"""Keeps ``metrics.json`` up to date: after every block, and with the perplexities at the end."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from typing_extensions import override
+
+from omniquant_pl import __version__
+from omniquant_pl.block import BlockModule
+from omniquant_pl.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant.storage import bits_per_weight, stored_bits
+from omniquant_pl.trainer import SequentialTrainer
+
+__all__ = ["MetricsCallback"]
+
+_PACKAGES = ("torch", "lightning", "transformers", "safetensors")
+
+
+class MetricsCallback(CalibrationCallback):
+    """Collects what a run measures and evaluates the three variants of the model.
+
+    Attributes:
+        metrics: The content of ``metrics.json`` so far.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] = {}
+        self._started = self._calibration_started = 0.0
+
+    @override
+    def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        self._started = time.perf_counter()
+        self.metrics = {
+            "model": model.path,
+            "scheme": model.scheme.name,
+            "perplexity": {name: {} for name in trainer.evaluation_tokens},
+            "blocks": [],
+            "seconds": {"total": 0.0, "calibration": 0.0, "evaluation": 0.0},
+            "peak_memory_bytes": {},
+            "bits_per_weight": bits_per_weight(model.scheme.weights, model.linear_shapes),
+            "size_bytes": _sizes(model),
+            "versions": _versions(),
+        }
+        self._evaluate(trainer, model, "full_precision")
+        self._evaluate(trainer, model, "round_to_nearest")
+        self._calibration_started = time.perf_counter()
+        self._write(trainer)
+
+    @override
+    def on_block_end(self, trainer: Trainer, block: BlockModule, result: BlockResult) -> None:
+        self.metrics["blocks"].append(asdict(result))
+        self.metrics["seconds"]["calibration"] = time.perf_counter() - self._calibration_started
+        self._write(trainer)
+
+    @override
+    def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        self._evaluate(trainer, model, "quantized")
+        self._write(trainer)
+
+    def _evaluate(self, trainer: SequentialTrainer, model: OmniQuantModel, variant: str) -> None:
+        started = time.perf_counter()
+        for name, value in trainer.evaluation(model).measure(variant).items():
+            self.metrics["perplexity"][name][variant] = value
+        self.metrics["seconds"]["evaluation"] += time.perf_counter() - started
+
+    def _write(self, trainer: Trainer) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        self.metrics["seconds"]["total"] = time.perf_counter() - self._started
+        self.metrics["peak_memory_bytes"] = _peak_memory(trainer.strategy.root_device)
+        if trainer.is_global_zero:
+            trainer.run_folder.write_metrics(self.metrics)
+
+
+def _sizes(model: OmniQuantModel) -> dict[str, int]:
+    """Bytes of the checkpoint as it is, and with packed codes, scales and zero points for the quantized weights."""
+    checkpoint, layout = model.source.checkpoint, model.source.layout
+    full = quantized = 0
+    linears = {f"{model.source.block_prefix(i)}{n}.weight" for i in range(len(model.source)) for n in layout.linears}
+    for name, tensor in checkpoint:
+        size = tensor.numel() * tensor.element_size()
+        full += size
+        is_quantized = name in linears
+        quantized += -(-stored_bits(model.scheme.weights, tuple(tensor.shape)) // 8) if is_quantized else size
+    return {"full_precision": full, "quantized": quantized}
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes on Linux
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
+
+
+def _versions() -> dict[str, str]:
+    packages = {package: version(package) for package in _PACKAGES}
+    return {"omniquant-pl": __version__, "python": platform.python_version(), **packages}

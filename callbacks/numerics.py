@@ -1,0 +1,89 @@
+"""What happens when a loss or a gradient is not finite: back, slower, and stop if that does not help."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from omniquant_pl.block import BlockModule
+from omniquant_pl.errors import CalibrationError
+from omniquant_pl.hooks import CalibrationCallback
+
+__all__ = ["NumericsGuard"]
+
+_log = logging.getLogger(__name__)
+
+
+class NumericsGuard(CalibrationCallback):
+    """Watches gradients, and takes an epoch back in which one was not finite.
+
+    Which gradients were finite is recorded on the device and read once an epoch, so that no step waits for it. A bad
+    epoch is taken back whole: factors and optimizer return to its start, the learning rates are halved, and it runs
+    again.
+
+    Args:
+        retries: Bad epochs of one block that are taken back before the calibration stops.
+    """
+
+    def __init__(self, retries: int = 3) -> None:
+        self.retries = retries
+        self._failures = 0
+        self._good: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self._names: list[str] = []
+        self._first_bad: Tensor | None = None
+        self._step = 0
+
+    @override
+    def on_block_start(self, trainer: Trainer, block: BlockModule) -> None:
+        self._failures = 0
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict()))
+        self._names = [name for name, _ in pl_module.named_parameters()]
+        self._first_bad = None
+        self._step = 0
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients)))
+        if self._first_bad is None:
+            self._first_bad = torch.full(bad.shape, -1, device=bad.device)
+        self._first_bad = torch.where((self._first_bad < 0) & bad, self._step, self._first_bad)
+        self._step += 1
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = [] if self._first_bad is None else self._first_bad.tolist()
+        bad = [(step, name) for step, name in zip(steps, self._names, strict=False) if step >= 0]
+        if not bad:
+            return
+        assert isinstance(pl_module, BlockModule)
+        step, name = min(bad)
+        where = f"block {pl_module.index}, epoch {len(pl_module.epoch_losses)}, step {step}: gradient of {name}"
+        self._failures += 1
+        if self._failures > self.retries:
+            raise CalibrationError(
+                f"{where} is not finite, {self.retries} retries at half the learning rate each did not help; "
+                "lower model.clipping.lr and model.transform.lr, or use trainer.precision 32-true"
+            )
+        self._take_back(trainer, pl_module)
+        _log.warning("%s is not finite; the epoch is repeated at half the learning rate", where)
+
+    def _take_back(self, trainer: Trainer, block: BlockModule) -> None:
+        factors, optimizer_state = self._good
+        block.load_state_dict(factors)
+        rates = [group["lr"] / 2 for group in trainer.optimizers[0].param_groups]
+        trainer.optimizers[0].load_state_dict(optimizer_state)
+        for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
+            group["lr"] = rate
+        assert trainer.fit_loop.max_epochs is not None
+        trainer.fit_loop.max_epochs += 1

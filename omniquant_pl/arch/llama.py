@@ -1,0 +1,26 @@
+"""LLaMA 1, 2 and 3: RMSNorm, rotary embeddings, grouped queries, gated MLP."""
+
+from __future__ import annotations
+
+from omniquant_pl.arch.layout import BlockLayout, register
+from omniquant_pl.transform import NormToLinears, QueryToKey, UpToDown, ValueToOutput
+
+__all__ = ["LLAMA"]
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+LLAMA = BlockLayout(
+    blocks="model.layers",
+    attention="self_attn",
+    linears=(*_QKV, "self_attn.o_proj", *_GATE_UP, "mlp.down_proj"),
+    pairs=(
+        NormToLinears("input_layernorm", _QKV),
+        ValueToOutput("self_attn.v_proj", "self_attn.o_proj"),
+        QueryToKey("self_attn.q_proj", "self_attn.k_proj"),
+        NormToLinears("post_attention_layernorm", _GATE_UP),
+    ),
+    mlp_pairs=(UpToDown("mlp.up_proj", "mlp.down_proj"),),
+)
+
+register("llama", LLAMA)

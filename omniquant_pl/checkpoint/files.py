@@ -1,0 +1,66 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["replace_file", "write_json", "write_tensors", "write_text"]
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file through a temporary one in the same folder: flush to disk, rename, flush the folder.
+
+    Args:
+        path: The file to create or replace; its folder is created.
+        write: Writes the content to the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        os.close(descriptor)
+        write(temporary)
+        temporary.chmod(0o644)
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file, indented by two spaces, keys in the given order."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Args:
+        path: The file to create or replace.
+        tensors: What it holds; stored contiguous, in sorted order.
+        metadata: At most one key, since the order of several is not reproducible.
+    """
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    replace_file(path, lambda temporary: save_file(ordered, temporary, dict(metadata or {})))

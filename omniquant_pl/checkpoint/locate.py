@@ -1,0 +1,51 @@
+"""From what the user wrote as ``model.path`` to a folder on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omniquant_pl.errors import ConfigurationError
+
+__all__ = ["embedded_models", "locate_model"]
+
+_EMBEDDED = Path(__file__).parent.parent / "models"
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+
+
+def embedded_models() -> tuple[str, ...]:
+    """Returns the names of the checkpoints that come with the package."""
+    return tuple(sorted(path.parent.name for path in _EMBEDDED.glob("*/config.json")))
+
+
+def locate_model(path: str) -> Path:
+    """Returns the folder of an embedded model, a local folder, or a downloaded hub repository.
+
+    Args:
+        path: Name of an embedded model, path of a folder, or hub id ``owner/name``.
+
+    Raises:
+        ConfigurationError: If there is no such model.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if path in embedded_models():
+        return _EMBEDDED / path
+    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if not looks_like_hub_id:
+        known = ", ".join(embedded_models())
+        raise ConfigurationError(
+            "model.path", f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}"
+        )
+    return _download(path)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(
+            "model.path", f"there is no folder {repository!r}, and the hub did not deliver it: {error}"
+        ) from error

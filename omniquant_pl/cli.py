@@ -1,0 +1,133 @@
+"""The command line: ``fit`` and ``test``, over Lightning's own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from omniquant_pl.callbacks import (
+    ExportCallback,
+    FoldCallback,
+    MetricsCallback,
+    NumericsGuard,
+    ProgressCallback,
+    SaveConfig,
+)
+from omniquant_pl.data import CalibrationData
+from omniquant_pl.errors import CalibrationError, ConfigurationError
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.trainer import SequentialTrainer
+
+__all__ = ["OmniQuantCLI", "find_config", "main"]
+
+_CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 20,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,
+    "devices": 1,
+}
+
+
+class OmniQuantCLI(LightningCLI):
+    """LightningCLI with the subcommands that this project has."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "test": {"model", "datamodule"},
+        }
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is not None and not isinstance(args, list):
+            raise TypeError("arguments are a list of strings, as on a command line")
+        self.config = parser.parse_args(_with_config_paths(sys.argv[1:] if args is None else args))
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ExportCallback, "export")
+        parser.add_lightning_class_args(NumericsGuard, "numerics")
+        parser.add_lightning_class_args(ProgressCallback, "progress")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        configured = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        # Folding and measuring come first: those after them read what they leave behind.
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        return self._instantiate_trainer(config, [FoldCallback(), MetricsCallback(), *configured])
+
+
+def find_config(name: str) -> str:
+    """Returns the path of a configuration; a name without a folder is also looked up among the presets.
+
+    Args:
+        name: What was given to ``--config``.
+    """
+    if Path(name).exists() or Path(name).name != name:
+        return name
+    return next((str(folder / name) for folder in _CONFIG_FOLDERS if (folder / name).is_file()), name)
+
+
+def _with_config_paths(arguments: list[str]) -> list[str]:
+    result: list[str] = []
+    for argument in arguments:
+        flag, separator, value = argument.partition("=")
+        if flag in ("--config", "-c") and separator:
+            argument = f"{flag}={find_config(value)}"
+        elif result and result[-1] in ("--config", "-c"):
+            argument = find_config(argument)
+        result.append(argument)
+    return result
+
+
+def run(arguments: list[str] | None = None) -> OmniQuantCLI:
+    """Runs a command line.
+
+    Args:
+        arguments: What follows the program's name; ``None`` takes the process's own.
+    """
+    return OmniQuantCLI(
+        OmniQuantModel,
+        CalibrationData,
+        trainer_class=SequentialTrainer,
+        trainer_defaults=_TRAINER_DEFAULTS,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=2,
+        auto_configure_optimizers=False,
+        parser_kwargs={"allow_abbrev": False},
+        args=arguments,
+    )
+
+
+def _quieten() -> None:
+    """Drops Lightning's messages that fire once a block or do not apply to calibration."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*in eval mode at the start of training.*", ".*Experiment logs directory.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main() -> None:
+    """Entry point of ``train.py`` and of the installed command."""
+    _quieten()
+    try:
+        run()
+    except (ConfigurationError, CalibrationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,98 @@
+"""Text from local files: plain text, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+from omniquant_pl.data.text import Role, Text, checked_texts, key_of, wrong_column
+from omniquant_pl.errors import ConfigurationError
+
+__all__ = ["SUFFIXES", "TOKEN_SUFFIX", "read_file", "resolve"]
+
+TOKEN_SUFFIX = ".npy"
+SUFFIXES = (".txt", ".jsonl", ".parquet", TOKEN_SUFFIX)
+
+_COLUMN = "text"
+
+
+def resolve(name: str, role: Role) -> Path:
+    """The file behind a path of the configuration.
+
+    Args:
+        name: A path; ``~`` is the home folder.
+        role: Which key the path stands in.
+
+    Returns:
+        The path of an existing file of a known suffix.
+
+    Raises:
+        ConfigurationError: If it is missing, not a file, or of another suffix.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ConfigurationError(key_of(role), f"'{name}' is a folder, not a file")
+    if not path.exists():
+        raise ConfigurationError(key_of(role), f"there is no file '{name}'")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigurationError(key_of(role), f"'{name}' is none of {', '.join(SUFFIXES)}")
+    return path
+
+
+def read_file(path: Path, role: Role) -> Text:
+    """Read a .txt file, or the column ``text`` of a .jsonl or .parquet file.
+
+    Args:
+        path: An existing file.
+        role: Which key the path stands in.
+
+    Returns:
+        The documents: the whole .txt file, or one a row.
+
+    Raises:
+        ConfigurationError: If it cannot be read or has no such column.
+    """
+    try:
+        if path.suffix.lower() == ".txt":
+            return Text([path.read_text(encoding="utf-8")])
+        read_rows = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_parquet
+        return Text(read_rows(path, role))
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(key_of(role), f"cannot read '{path}': {error}") from error
+
+
+def _read_jsonl(path: Path, role: Role) -> list[str]:
+    with path.open(encoding="utf-8") as lines:
+        return [
+            _json_text(line, f"'{path}', line {number},", role)
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+
+
+def _json_text(line: str, where: str, role: Role) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(key_of(role), f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ConfigurationError(key_of(role), f"{where} is not a JSON object: {line.strip():.80}")
+    if _COLUMN not in row:
+        raise wrong_column(where, _COLUMN, list(row), role)
+    text = row[_COLUMN]
+    if not isinstance(text, str):
+        message = f"{where} has {text!r} in column '{_COLUMN}' where text is needed"
+        raise ConfigurationError(key_of(role), message)
+    return text
+
+
+def _read_parquet(path: Path, role: Role) -> list[str]:
+    parquet = import_module("pyarrow.parquet")  # comes with `datasets`; slow to import
+    columns = parquet.read_schema(path).names
+    if _COLUMN not in columns:
+        raise wrong_column(f"'{path}'", _COLUMN, columns, role)
+    rows = parquet.read_table(path, columns=[_COLUMN])[_COLUMN].to_pylist()
+    return checked_texts(rows, f"'{path}'", _COLUMN, role)

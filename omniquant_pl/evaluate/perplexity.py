@@ -1,0 +1,70 @@
+"""Perplexity with one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.text import Perplexity
+
+from omniquant_pl.activations import map_batches
+from omniquant_pl.checkpoint import BlockCall, SourceModel
+
+__all__ = ["BlockBuilder", "original_blocks", "perplexity"]
+
+BlockBuilder = Callable[[int, dict[str, Tensor], BlockCall], nn.Module]
+"""Makes the block to evaluate from its position, its original tensors and how the model calls it.
+
+The result takes hidden states ``[batch, tokens, channels]`` and returns the next ones.
+"""
+
+
+class _OriginalBlock(nn.Module):
+    def __init__(self, block: nn.Module, call: BlockCall) -> None:
+        super().__init__()
+        self.block = block
+        self._call = call
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._call(self.block, hidden)
+
+
+def original_blocks(source: SourceModel) -> BlockBuilder:
+    """Returns the builder of the full-precision model."""
+    return lambda index, tensors, call: _OriginalBlock(source.make_block(index, tensors), call)
+
+
+@torch.no_grad()
+def perplexity(
+    source: SourceModel,
+    build: BlockBuilder,
+    tokens: Tensor,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Measures a model over windows of tokens, the first token of each not predicted.
+
+    Args:
+        source: The original model, whose embedding and head are used.
+        build: Makes the blocks in between.
+        tokens: Token ids ``[windows, length]``.
+        device: Where to compute.
+        context: Precision context of the forward passes.
+
+    Returns:
+        exp of the mean negative log-likelihood over all predicted tokens.
+    """
+    source.to(device)
+    calls = source.calls(tokens.shape[1])
+    with context():
+        hidden = map_batches(source.embed, tokens)
+        for index in range(len(source)):
+            block = build(index, source.block_tensors(index), calls[index]).to(device)
+            hidden = map_batches(lambda batch, block=block: block(batch).float(), hidden)  # type: ignore[misc]
+    metric = Perplexity().to(device).set_dtype(torch.float64)
+    for states, window in zip(hidden.split(1), tokens.to(device).split(1), strict=True):
+        metric.update(source.logits(states)[:, :-1].float(), window[:, 1:])
+    return float(metric.compute())

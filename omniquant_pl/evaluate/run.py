@@ -1,0 +1,73 @@
+"""The perplexities of a run: full precision, round-to-nearest, calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from omniquant_pl.evaluate.perplexity import BlockBuilder, original_blocks, perplexity
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
+
+__all__ = ["VARIANTS", "Evaluation", "perplexity_table"]
+
+VARIANTS = ("full_precision", "round_to_nearest", "quantized")
+
+
+class Evaluation:
+    """Measures the variants of a model over the same tokens.
+
+    Args:
+        model: The settings.
+        folder: Where the learned factors of the quantized variant are read from.
+        tokens: Token ids ``[windows, length]`` by name of the evaluation set.
+        device: Where to compute.
+        context: Precision context of the forward passes.
+    """
+
+    def __init__(
+        self,
+        model: OmniQuantModel,
+        folder: RunFolder,
+        tokens: Mapping[str, Tensor],
+        device: torch.device,
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._model = model
+        self._folder = folder
+        self._tokens = tokens
+        self._device = device
+        self._context = context
+
+    def measure(self, variant: str) -> dict[str, float]:
+        """Returns the perplexity of one of :data:`VARIANTS` by name of the evaluation set.
+
+        Raises:
+            ConfigurationError: If the quantized variant is asked for and its factors are not all there.
+        """
+        build = self._builder(variant)
+        return {
+            name: perplexity(self._model.source, build, windows, self._device, self._context)
+            for name, windows in self._tokens.items()
+        }
+
+    def _builder(self, variant: str) -> BlockBuilder:
+        model, folder = self._model, self._folder
+        if variant == "full_precision":
+            return original_blocks(model.source)
+        if variant == "round_to_nearest":
+            return model.round_to_nearest
+        return lambda index, tensors, call: model.folded(index, tensors, call, folder.load_factors(index))
+
+
+def perplexity_table(perplexities: Mapping[str, Mapping[str, float]]) -> Table:
+    """Returns a table with one evaluation set a row and one variant a column."""
+    table = Table("perplexity", *(variant.replace("_", " ") for variant in VARIANTS))
+    for name, values in perplexities.items():
+        table.add_row(name, *(f"{values[variant]:.3f}" if variant in values else "" for variant in VARIANTS))
+    return table

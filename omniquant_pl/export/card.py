@@ -1,0 +1,80 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
+
+__all__ = ["model_card"]
+
+_CARD = """---
+base_model: {base}
+library_name: transformers
+tags: [omniquant, quantized, {scheme}]
+---
+# {base}, {scheme} by OmniQuant
+
+{storage}
+{activations}
+Calibrated with omniquant-pl ({learned}) on {data}.
+
+| perplexity | full precision | round to nearest | calibrated |
+|---|---|---|---|
+{perplexities}
+
+{command}
+"""
+
+
+def model_card(model: OmniQuantModel, folder: RunFolder, storage: str) -> str:
+    """Returns the README.md of an exported folder.
+
+    Args:
+        model: The settings.
+        folder: The run, for its metrics and configuration.
+        storage: One sentence on how this format holds the weights.
+    """
+    config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.is_file() else {}
+    learned = [name for name, spec in (("clipping", model.clipping), ("transform", model.transform)) if spec]
+    return _CARD.format(
+        base=model.path,
+        scheme=model.scheme.name,
+        storage=storage,
+        activations=_activations(model),
+        learned="learned " + " and ".join(learned) if learned else "nothing learned",
+        data=_data(config),
+        perplexities=_perplexities(folder.read_metrics().get("perplexity", {})),
+        command="Reproduce with the run's configuration: `python train.py fit --config config.yaml`.",
+    )
+
+
+def _activations(model: OmniQuantModel) -> str:
+    if model.scheme.activations is None:
+        return "Activations stay in 16 bit or more.\n"
+    bits = model.scheme.activations.bits
+    return (
+        f"The scheme quantizes activations to {bits} bit per token. A program that does not, as transformers loading "
+        "this folder, computes with better activations than the perplexity below was measured with.\n"
+    )
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    data = config.get("data")
+    if not data:
+        return "calibration data that was not recorded"
+    length = data["sequence_length"] or "the default number of"
+    return f"{data['samples']} samples of {length} tokens from {data['dataset']}, seed {config['seed_everything']}"
+
+
+def _perplexities(perplexities: Mapping[str, Mapping[str, float]]) -> str:
+    variants = ("full_precision", "round_to_nearest", "quantized")
+    rows = (
+        f"| {name} | " + " | ".join(f"{values[v]:.4f}" if v in values else "" for v in variants) + " |"
+        for name, values in perplexities.items()
+    )
+    return "\n".join(rows)

@@ -1,0 +1,48 @@
+"""What every exported folder has besides weights, and how it appears whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["copy_companions", "whole_folder"]
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "LICENSE*",
+)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer, generation configuration, chat template and licence of a model folder."""
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which takes the target's place only if nothing went wrong."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    filling, previous = (target.with_name(f".{target.name}.{state}") for state in ("filling", "previous"))
+    shutil.rmtree(filling, ignore_errors=True)
+    filling.mkdir()
+    try:
+        yield filling
+        shutil.rmtree(previous, ignore_errors=True)
+        if target.exists():
+            target.replace(previous)
+        filling.replace(target)
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,161 @@
+"""The learned factors of one block, and what they make of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from omniquant_pl.arch import BlockLayout
+from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.quant import ChannelRange, QuantizedWeight, RowRange, WeightQuantizer
+from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec
+from omniquant_pl.transform import AttentionShape, Pair
+
+__all__ = ["BlockFactors", "FoldedBlock"]
+
+
+@dataclass(frozen=True)
+class FoldedBlock:
+    """A block with its factors folded in.
+
+    Attributes:
+        tensors: All weights and biases of the block, float32, the quantized ones dequantized from their codes.
+        quantized: Codes, scales and zero points of the quantized linears by name.
+    """
+
+    tensors: dict[str, Tensor]
+    quantized: dict[str, QuantizedWeight]
+
+
+class BlockFactors(nn.Module):
+    """Clipping factors of the linears and scales of the pairs; maps original tensors to what the block runs with.
+
+    Args:
+        layout: The family's block.
+        tensors: The block's original tensors by name, float32.
+        weights: Quantization of the weights.
+        attention: The heads.
+        clipping: Learnable clipping; ``None`` for full ranges.
+        transform: Learnable equivalent transformation; ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        tensors: Mapping[str, Tensor],
+        weights: WeightSpec,
+        attention: AttentionShape,
+        clipping: ClippingSpec | None = None,
+        transform: TransformSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self._transform = transform
+        pairs = () if transform is None else layout.pairs + (layout.mlp_pairs if transform.mlp else ())
+        self.pairs = nn.ModuleDict({_key(pair.name): pair.build(tensors, attention) for pair in pairs})
+        self.quantizers = nn.ModuleDict()
+        for name in layout.linears:
+            out_features, in_features = tensors[f"{name}.weight"].shape
+            self.quantizers[_key(name)] = WeightQuantizer(weights, (out_features, in_features), clipping)
+        self._constant_ranges: dict[str, RowRange] = {}
+
+    def named_pairs(self) -> Iterator[tuple[str, Pair]]:
+        """Yields name and pair."""
+        for key, pair in self.pairs.items():
+            assert isinstance(pair, Pair)
+            yield _name(key), pair
+
+    def named_quantizers(self) -> Iterator[tuple[str, WeightQuantizer]]:
+        """Yields the linear's name and its quantizer."""
+        for key, quantizer in self.quantizers.items():
+            assert isinstance(quantizer, WeightQuantizer)
+            yield _name(key), quantizer
+
+    def initialize(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange]) -> None:
+        """Sets the scales from the calibration set's activations and the weights."""
+        for _, pair in self.named_pairs():
+            assert self._transform is not None
+            pair.initialize(tensors, inputs, self._transform.alpha)
+
+    def project(self) -> None:
+        """Returns the scales to where they are allowed, after an optimizer step."""
+        for _, pair in self.named_pairs():
+            pair.project()
+
+    def freeze_ranges(self, tensors: Mapping[str, Tensor]) -> None:
+        """Computes the ranges of weights that no pair changes once, on the device where the tensors are."""
+        changed = {name for _, pair in self.named_pairs() for name in pair.changed}
+        self._constant_ranges = {
+            name: quantizer.range_of(tensors[f"{name}.weight"])
+            for name, quantizer in self.named_quantizers()
+            if f"{name}.weight" not in changed
+        }
+
+    def transformed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Applies the pairs: the same function of the block's input as the originals, before quantization."""
+        result = dict(tensors)
+        for _, pair in self.named_pairs():
+            pair.apply_to(result)
+        return result
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors transformed and fake-quantized, differentiable in the factors."""
+        result = self.transformed(tensors)
+        for name, quantizer in self.named_quantizers():
+            weight = f"{name}.weight"
+            result[weight] = quantizer(result[weight], self._constant_ranges.get(name))
+        return result
+
+    @torch.no_grad()
+    def fold(self, tensors: Mapping[str, Tensor], scale_dtype: torch.dtype = torch.float16) -> FoldedBlock:
+        """Chooses the codes, against scales rounded to the dtype that they are stored in.
+
+        Args:
+            tensors: The block's original tensors, on the CPU so that the codes do not depend on the device.
+            scale_dtype: The dtype of stored scales.
+        """
+        result = self.transformed(tensors)
+        quantized: dict[str, QuantizedWeight] = {}
+        for name, quantizer in self.named_quantizers():
+            quantized[name] = quantizer.quantize(result[f"{name}.weight"], scale_dtype)
+            result[f"{name}.weight"] = quantized[name].dequantize()
+        return FoldedBlock(result, quantized)
+
+    def export(self) -> dict[str, Tensor]:
+        """Returns the factors under the names they have in files: ``<linear>.clip.upper``, ``<pair>.scale``."""
+        return {name: parameter.detach() for name, parameter in self._named_factors()}
+
+    def load(self, factors: Mapping[str, Tensor], origin: str) -> None:
+        """Sets the factors from a file's.
+
+        Args:
+            factors: As :meth:`export` returns them.
+            origin: Where they are from, for the error.
+
+        Raises:
+            ConfigurationError: If names or shapes are not those of this block and these settings.
+        """
+        own = dict(self._named_factors())
+        differing = sorted(set(own) ^ set(factors)) or [n for n in own if own[n].shape != factors[n].shape]
+        if differing:
+            raise ConfigurationError("model.parameters", f"{origin} does not fit these settings: {differing[0]} differs")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(factors[name])
+
+    def _named_factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for linear, quantizer in self.named_quantizers():
+            yield from ((f"{linear}.clip.{name}", parameter) for name, parameter in quantizer.named_parameters())
+        for pair_name, pair in self.named_pairs():
+            yield from ((f"{pair_name}.{name}", parameter) for name, parameter in pair.named_parameters())
+
+
+def _key(name: str) -> str:
+    """A module's name cannot contain dots."""
+    return name.replace(".", "/")
+
+
+def _name(key: str) -> str:
+    return key.replace("/", ".")

@@ -1,0 +1,56 @@
+"""What a callback can hear beyond Lightning's hooks, which fire once a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback, Trainer
+
+if TYPE_CHECKING:
+    from omniquant_pl.block import BlockModule
+    from omniquant_pl.model import OmniQuantModel
+
+__all__ = ["BlockResult", "CalibrationCallback"]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What became of one block.
+
+    Attributes:
+        index: Position of the block.
+        loss_initial: Mean squared error against the target before learning.
+        loss_final: The same of the folded block.
+        relative_error_rtn: Error over the target's mean square of round-to-nearest, in the quantized stream.
+        relative_error: The same of the folded block.
+        seconds: Time spent on the block.
+        epochs: Epochs learned.
+    """
+
+    index: int
+    loss_initial: float
+    loss_final: float
+    relative_error_rtn: float
+    relative_error: float
+    seconds: float
+    epochs: int
+
+
+class CalibrationCallback(Callback):
+    """A Lightning callback that also hears about the calibration as a whole. All hooks do nothing by default."""
+
+    def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        """Model and data are ready; no block has been touched."""
+
+    def on_block_start(self, trainer: Trainer, block: BlockModule) -> None:
+        """A block's factors are initialised; Lightning's fit hooks come next."""
+
+    def on_block_trained(self, trainer: Trainer, block: BlockModule) -> None:
+        """A block has learned; whoever folds it does so here."""
+
+    def on_block_end(self, trainer: Trainer, block: BlockModule, result: BlockResult) -> None:
+        """A block is folded and measured, and both streams are behind it."""
+
+    def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        """Every block is folded."""

@@ -1,0 +1,117 @@
+"""CPU kernels over libomniquant; float64 and half precision take the torch default."""
+
+import ctypes
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniquant_pl.ops import _default, _native
+from omniquant_pl.ops._checks import check_bits, check_parameters, check_rows, check_same_rows
+from omniquant_pl.ops._native import I32, I64, POINTER
+from omniquant_pl.ops._threads import split_rows
+
+__all__ = ["CpuKernels", "cpu_kernels"]
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class CpuKernels:
+    """The operators of `omniquant_pl.ops` on float32 host memory.
+
+    Args:
+        library: the loaded libomniquant.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        tail = (I64, I64, I64, I32, I32)  # columns, begin, end, and two numbers of the grid
+
+        def declare(name: str, pointers: int) -> Any:
+            return _native.declare(library, f"omniquant_{name}", [POINTER] * pointers + [*tail])
+
+        self._forward = declare("fake_quantize", 4)
+        self._backward = declare("fake_quantize_backward", 7)
+        self._dynamic = declare("dynamic_fake_quantize", 2)
+        self._dynamic_backward = declare("dynamic_fake_quantize_backward", 3)
+
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> Tensor:
+        """See `omniquant_pl.ops.fake_quantize`."""
+        if x.dtype != torch.float32:
+            return _default.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+        check_parameters(x, scale, zero_point, quant_min, quant_max)
+        x, scale, zero_point = x.contiguous(), scale.contiguous(), zero_point.contiguous()
+        result = torch.empty_like(x)
+        _run(self._forward, (x, scale, zero_point, result), quant_min, quant_max)
+        return result
+
+    def fake_quantize_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `omniquant_pl.ops.fake_quantize_backward`."""
+        if x.dtype != torch.float32:
+            return _default.fake_quantize_backward(grad, x, scale, zero_point, quant_min, quant_max)
+        check_same_rows(grad, x)
+        check_parameters(x, scale, zero_point, quant_min, quant_max)
+        inputs = [tensor.contiguous() for tensor in (grad, x, scale, zero_point)]
+        grads = (
+            torch.empty_like(inputs[1]),
+            torch.empty_like(inputs[2]),
+            torch.empty_like(inputs[3]),
+        )
+        _run(self._backward, (*inputs, *grads), quant_min, quant_max)
+        return grads
+
+    def dynamic_fake_quantize(self, x: Tensor, bits: int, symmetric: bool) -> Tensor:
+        """See `omniquant_pl.ops.dynamic_fake_quantize`."""
+        if x.dtype in _HALVES:
+            return self.dynamic_fake_quantize(x.float(), bits, symmetric).to(x.dtype)
+        if x.dtype != torch.float32:
+            return _default.dynamic_fake_quantize(x, bits, symmetric)
+        check_rows(x)
+        check_bits(bits)
+        x = x.contiguous()
+        result = torch.empty_like(x)
+        _run(self._dynamic, (x, result), bits, symmetric)
+        return result
+
+    def dynamic_fake_quantize_backward(
+        self, grad: Tensor, x: Tensor, bits: int, symmetric: bool
+    ) -> Tensor:
+        """See `omniquant_pl.ops.dynamic_fake_quantize_backward`."""
+        check_same_rows(grad, x)
+        check_bits(bits)
+        if x.dtype in _HALVES:
+            wide = self.dynamic_fake_quantize_backward(grad.float(), x.float(), bits, symmetric)
+            return wide.to(x.dtype)
+        if x.dtype != torch.float32:
+            return _default.dynamic_fake_quantize_backward(grad, x, bits, symmetric)
+        grad, x = grad.contiguous(), x.contiguous()
+        result = torch.empty_like(x)
+        _run(self._dynamic_backward, (grad, x, result), bits, symmetric)
+        return result
+
+
+def cpu_kernels() -> CpuKernels | None:
+    """Load the CPU kernels.
+
+    Returns:
+        The kernels; None where libomniquant was not built.
+    """
+    library = _native.load("libomniquant")
+    return CpuKernels(library) if library else None
+
+
+def _run(function: Any, tensors: tuple[Tensor, ...], first: int, second: int) -> None:
+    """Call a C function whose first tensor is [rows, columns], over all rows."""
+    rows, columns = tensors[0].shape
+    call = partial(function, *[tensor.data_ptr() for tensor in tensors], columns)
+    split_rows(lambda begin, end: call(begin, end, first, second), rows, columns)

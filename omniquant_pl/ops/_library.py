@@ -1,0 +1,44 @@
+"""The operator library `omniquant_pl`: schemas, and one way to register their kernels.
+
+`torch.library.Library` and not `custom_op`: a call costs 3 µs instead of 10 µs, which a block
+with two hundred small quantizer calls a step notices. Autograd is the caller's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["LIBRARY", "register"]
+
+LIBRARY = torch.library.Library("omniquant_pl", "DEF")
+
+
+def register(
+    schema: str,
+    *,
+    default: Callable[..., Any],
+    fake: Callable[..., Any],
+    compiled: Mapping[str, object | None],
+) -> torch._ops.OpOverload[..., Any]:
+    """Define one operator.
+
+    Args:
+        schema: the signature in the dispatcher's language, name first.
+        default: pure-torch kernel, used on every device that has no kernel of its own.
+        fake: kernel that gives shapes and dtypes only, for `torch.compile` and the meta device.
+        compiled: by dispatch key, an object whose method of the operator's name is the kernel; None
+            where that library was not built.
+
+    Returns:
+        The operator, callable as a function.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    for key, kernels in compiled.items():
+        if kernels is not None:
+            LIBRARY.impl(name, getattr(kernels, name), key)
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+    operator: torch._ops.OpOverload[..., Any] = getattr(torch.ops.omniquant_pl, name).default
+    return operator

@@ -1,0 +1,72 @@
+"""What the calibration data looks like where it enters a linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ChannelRange", "observe_inputs"]
+
+
+@dataclass
+class ChannelRange:
+    """Lowest and highest value of every input channel, ``[channels]`` each, over all tokens seen."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Largest absolute value of every channel."""
+        return torch.maximum(self.high, -self.low)
+
+    @property
+    def center(self) -> Tensor:
+        """Middle of the range of every channel."""
+        return (self.high + self.low) / 2
+
+    @staticmethod
+    def of(values: Tensor) -> ChannelRange:
+        """Returns the range of ``[..., channels]``."""
+        low, high = torch.aminmax(values.detach().float().reshape(-1, values.shape[-1]), dim=0)
+        return ChannelRange(low, high)
+
+    def extend(self, values: Tensor) -> None:
+        """Widens the range to contain further values ``[..., channels]``."""
+        other = ChannelRange.of(values)
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+
+
+@contextmanager
+def observe_inputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, ChannelRange]]:
+    """Records the input ranges of submodules for as long as the context lasts.
+
+    Args:
+        module: The module that holds them.
+        names: Dotted names of submodules whose first argument is ``[..., channels]``.
+
+    Yields:
+        A dictionary that fills while the module runs, by name.
+    """
+    ranges: dict[str, ChannelRange] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in ranges:
+                ranges[name].extend(args[0])
+            else:
+                ranges[name] = ChannelRange.of(args[0])
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    try:
+        yield ranges
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,27 @@
+"""What quantized weights take on disk, whatever the file format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from omniquant_pl.quant.affine import group_size_of
+from omniquant_pl.spec import WeightSpec
+
+__all__ = ["bits_per_weight", "stored_bits"]
+
+_SCALE_BITS = 16
+
+
+def stored_bits(spec: WeightSpec, shape: tuple[int, int]) -> int:
+    """Returns the bits of codes, 16-bit scales and zero points of a weight ``(out, in)``, packed without padding."""
+    out_features, in_features = shape
+    groups = out_features * -(-in_features // group_size_of(spec, in_features))
+    zero_point_bits = 0 if spec.symmetric else spec.bits
+    return out_features * in_features * spec.bits + groups * (_SCALE_BITS + zero_point_bits)
+
+
+def bits_per_weight(spec: WeightSpec, shapes: Iterable[tuple[int, int]]) -> float:
+    """Returns the mean over weights of those shapes."""
+    shapes = list(shapes)
+    weights = sum(out_features * in_features for out_features, in_features in shapes)
+    return sum(stored_bits(spec, shape) for shape in shapes) / weights

@@ -1,0 +1,65 @@
+"""The folder that a run leaves behind: names of its files, and reading and writing them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from omniquant_pl.checkpoint import write_json, write_tensors
+from omniquant_pl.errors import ConfigurationError
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: ``trainer.default_root_dir``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.json"
+        self.blocks = path / "blocks"
+        self.model = path / "model"
+
+    def factor_file(self, index: int) -> Path:
+        """The file of one block's learned factors."""
+        return self.blocks / f"{index:05d}.safetensors"
+
+    def save_factors(self, index: int, factors: dict[str, Tensor]) -> None:
+        """Writes one block's factors, whole or not at all."""
+        write_tensors(self.factor_file(index), factors, {"format": "pt"})
+
+    def load_factors(self, index: int, key: str = "trainer.default_root_dir") -> dict[str, Tensor]:
+        """Reads one block's factors.
+
+        Raises:
+            ConfigurationError: If the file is missing or damaged; ``key`` is the setting that led here.
+        """
+        path = self.factor_file(index)
+        try:
+            return load_file(path)
+        except FileNotFoundError as error:
+            message = f"{path} is missing; the run in {self.path} has not finished block {index}"
+            raise ConfigurationError(key, message) from error
+        except SafetensorError as error:
+            raise ConfigurationError(key, f"{path} is damaged: {error}") from error
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Replaces ``metrics.json``."""
+        write_json(self.metrics, metrics)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Returns the content of ``metrics.json``, empty where there is none."""
+        if not self.metrics.is_file():
+            return {}
+        content: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        return content

@@ -1,0 +1,162 @@
+"""A Lightning trainer that fits one block after the other.
+
+Everything here that leans on Lightning's private names is in :meth:`SequentialTrainer._fit_impl` and
+:meth:`SequentialTrainer._fit_block`; ``lightning`` is pinned to the minor release they were read in.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.trainer.states import TrainerStatus
+from rich import print
+from torch import Tensor
+from typing_extensions import override
+
+from omniquant_pl.activations import BatchOrder, StreamBatches
+from omniquant_pl.block import BlockModule
+from omniquant_pl.calibration import Calibration, Engine
+from omniquant_pl.data import CalibrationData, TextSettings
+from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.evaluate import VARIANTS, Evaluation, perplexity_table
+from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
+
+__all__ = ["SequentialTrainer"]
+
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class SequentialTrainer(Trainer):
+    """Calibrates the blocks of a model in order; ``max_epochs`` counts the epochs of one block.
+
+    Args:
+        logger: Loggers of the loss; ``None`` or true writes ``logs/metrics.csv`` in the run folder.
+        max_epochs: Epochs per block; 0 folds the initial factors.
+        options: As :class:`lightning.pytorch.Trainer`.
+    """
+
+    def __init__(
+        self, *, logger: Logger | list[Logger] | bool | None = None, max_epochs: int = 20, **options: Any
+    ) -> None:
+        root = Path(options.get("default_root_dir") or "runs/default")
+        options["default_root_dir"] = str(root)
+        if logger is None or logger is True:
+            logger = CSVLogger(root, name="logs", version="")
+        super().__init__(logger=logger, max_epochs=max_epochs, **options)
+        self.epochs_per_block = max_epochs
+        self.run_folder = RunFolder(root)
+        self.evaluation_tokens: dict[str, Tensor] = {}
+        self._refuse_what_cannot_work()
+
+    def _refuse_what_cannot_work(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise ConfigurationError(
+                "trainer.precision", f"{self.precision} would round the factors; accepted: {', '.join(_PRECISIONS)}"
+            )
+        if self.max_steps != -1:
+            raise ConfigurationError("trainer.max_steps", "steps are not counted across blocks; use trainer.max_epochs")
+        if self.epochs_per_block < 0:
+            raise ConfigurationError("trainer.max_epochs", f"{self.epochs_per_block} is below 0")
+        if self.world_size > 1:
+            raise ConfigurationError("trainer.devices", "blocks are calibrated on one device; set it to 1")
+
+    @override
+    def _fit_impl(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        if ckpt_path is not None:
+            raise ConfigurationError("ckpt_path", "an interrupted calibration cannot be taken up again yet; leave it out")
+        assert isinstance(model, OmniQuantModel)
+        assert isinstance(datamodule, CalibrationData)
+        tokens = self.prepare(model, datamodule)
+        self.announce("on_calibration_start", model)
+        order = BatchOrder(len(tokens), _seed(), datamodule.shuffle)
+        engine = Engine(
+            self.strategy.root_device, self.precision_plugin.forward_context, self._fit_block, self.announce
+        )
+        Calibration(model, tokens, datamodule.batch_size, order, engine).run()
+        self.announce("on_calibration_end", model)
+        self.training = False
+
+    def _fit_block(self, block: BlockModule, batches: StreamBatches) -> None:
+        """Lets Lightning fit one block, on the trainer that has fitted those before it."""
+        self.training = True
+        self.should_stop = False
+        self.state.status = TrainerStatus.RUNNING
+        # Lightning counts epochs over the trainer's life and would run none for a second block.
+        self.fit_loop.max_epochs = self.fit_loop.epoch_progress.current.processed + self.epochs_per_block
+        self._data_connector.attach_data(block, train_dataloaders=batches)
+        self._run(block)
+
+    def prepare(self, model: OmniQuantModel, data: CalibrationData) -> Tensor:
+        """Opens model and data and refuses what cannot work, before any work.
+
+        Returns:
+            Calibration token ids ``[samples, tokens]``.
+
+        Raises:
+            ConfigurationError: If model or data cannot be used; it names the setting.
+        """
+        model.verify()
+        source = model.source
+        vocabulary_size = int(source.config.vocab_size)
+        data.bind(TextSettings(source.tokenizer, source.positions, vocabulary_size, _seed()))
+        self.evaluation_tokens = data.evaluation_tokens()
+        return data.calibration_tokens()
+
+    def evaluation(self, model: OmniQuantModel) -> Evaluation:
+        """Returns what measures the perplexities of the run; :meth:`prepare` comes first."""
+        device, context = self.strategy.root_device, self.precision_plugin.forward_context
+        return Evaluation(model, self.run_folder, self.evaluation_tokens, device, context)
+
+    def announce(self, hook: str, *arguments: Any) -> None:
+        """Calls a hook of :class:`CalibrationCallback` on every callback that has it, in order."""
+        for callback in self.callbacks:
+            if isinstance(callback, CalibrationCallback):
+                getattr(callback, hook)(self, *arguments)
+
+    @override
+    def test(  # type: ignore[override]
+        self, model: OmniQuantModel, datamodule: CalibrationData, ckpt_path: str | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Measure the perplexity of a finished run, next to full precision and round-to-nearest.
+
+        Args:
+            model: The run's model settings.
+            datamodule: What to evaluate on.
+            ckpt_path: Not used; a run's configuration may carry it.
+
+        Returns:
+            Perplexity by name of the evaluation set and variant, which ``metrics.json`` holds from now on as well.
+
+        Raises:
+            ConfigurationError: If the run is not finished or does not fit the settings.
+        """
+        del ckpt_path
+        self.prepare(model, datamodule)
+        evaluation = self.evaluation(model)
+        perplexities: dict[str, dict[str, float]] = {}
+        for variant in reversed(VARIANTS):  # an unfinished run is refused at once
+            for name, value in evaluation.measure(variant).items():
+                perplexities.setdefault(name, {})[variant] = value
+        metrics = self.run_folder.read_metrics()
+        self.run_folder.write_metrics(metrics | {"perplexity": metrics.get("perplexity", {}) | perplexities})
+        print(perplexity_table(perplexities))
+        return perplexities
+
+
+def _seed() -> int:
+    """The seed that Lightning was given, or the published one."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "2"))
