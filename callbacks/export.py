@@ -27,7 +27,7 @@ class ExportCallback(CalibrationCallback):
 
     def __init__(
         self,
-        format: Literal["hf"] | None = "hf",
+        format: Literal["hf"] | None = "hf",  # noqa: A002 (the key in YAML)
         dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         shard_bytes: int = 5_000_000_000,
     ) -> None:

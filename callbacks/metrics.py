@@ -86,20 +86,24 @@ class MetricsCallback(CalibrationCallback):
 def _sizes(model: OmniQuantModel) -> dict[str, int]:
     """Bytes of the checkpoint as it is, and with packed codes, scales and zero points for the quantized weights."""
     checkpoint, layout = model.source.checkpoint, model.source.layout
+    stored_names = (model.source.stored_names(index) for index in range(len(model.source)))
+    linears = {names[f"{linear}.weight"] for names in stored_names for linear in layout.linears}
     full = quantized = 0
-    linears = {f"{model.source.block_prefix(i)}{n}.weight" for i in range(len(model.source)) for n in layout.linears}
-    for name, tensor in checkpoint:
-        size = tensor.numel() * tensor.element_size()
+    for name in checkpoint.names():
+        info = checkpoint.describe(name)
+        size = info.elements * info.element_bytes
         full += size
-        is_quantized = name in linears
-        quantized += -(-stored_bits(model.scheme.weights, tuple(tensor.shape)) // 8) if is_quantized else size
+        quantized += -(-stored_bits(model.scheme.weights, info.shape) // 8) if name in linears else size
     return {"full_precision": full, "quantized": quantized}
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes on Linux
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
+    return {
+        "host": host,
+        "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from typing_extensions import override
 
 from omniquant_pl.block import BlockModule
@@ -57,7 +64,10 @@ class ProgressCallback(CalibrationCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, BlockModule)
         self._progress.advance(self._epochs, float(trainer.num_training_batches))
-        epoch, loss = len(pl_module.epoch_losses), pl_module.epoch_losses[-1] if pl_module.epoch_losses else float("nan")
+        epoch, loss = (
+            len(pl_module.epoch_losses),
+            pl_module.epoch_losses[-1] if pl_module.epoch_losses else float("nan"),
+        )
         self._progress.update(self._epochs, detail=f"epoch {epoch}, loss {loss:.3e}")
 
     @override

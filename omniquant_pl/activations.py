@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -85,7 +86,7 @@ class StreamBatches:
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return -(-self.sampler.samples // self.batch_size)
+        return math.ceil(self.sampler.samples / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Yields batches; a batch of one is a view, larger ones are gathered."""

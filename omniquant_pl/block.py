@@ -49,7 +49,12 @@ class BlockModule(LightningModule):
     """
 
     def __init__(
-        self, index: int, network: nn.Module, factors: BlockFactors, call: BlockCall, rates: LearningRates
+        self,
+        index: int,
+        network: nn.Module,
+        factors: BlockFactors,
+        call: BlockCall,
+        rates: LearningRates,
     ) -> None:
         super().__init__()
         self.index = index
@@ -116,8 +121,16 @@ class BlockModule(LightningModule):
     def configure_optimizers(self) -> AdamW:
         """AdamW without weight decay, one group for the clipping factors and one for the scales."""
         groups = [
-            {"params": list(self.factors.quantizers.parameters()), "lr": self.rates.clipping, "name": "clipping"},
-            {"params": list(self.factors.pairs.parameters()), "lr": self.rates.transform, "name": "transform"},
+            {
+                "params": list(self.factors.quantizers.parameters()),
+                "lr": self.rates.clipping,
+                "name": "clipping",
+            },
+            {
+                "params": list(self.factors.pairs.parameters()),
+                "lr": self.rates.transform,
+                "name": "transform",
+            },
         ]
         return AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
 

@@ -61,7 +61,12 @@ class Calibration:
     """
 
     def __init__(
-        self, model: OmniQuantModel, tokens: Tensor, batch_size: int, order: BatchOrder, engine: Engine
+        self,
+        model: OmniQuantModel,
+        tokens: Tensor,
+        batch_size: int,
+        order: BatchOrder,
+        engine: Engine,
     ) -> None:
         self._model = model
         self._source = model.source
@@ -105,7 +110,10 @@ class Calibration:
             return (target,), ranges
         if streams.are_equal:
             return (target, target), ranges
-        return (target, self._engine.map(lambda hidden: call(block, hidden), streams.quantized)), ranges
+        return (
+            target,
+            self._engine.map(lambda hidden: call(block, hidden), streams.quantized),
+        ), ranges
 
     def _result(
         self,

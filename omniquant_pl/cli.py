@@ -6,8 +6,9 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -25,7 +26,7 @@ from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
 
-__all__ = ["OmniQuantCLI", "find_config", "main"]
+__all__ = ["OmniQuantCLI", "find_config", "main", "quieten", "run"]
 
 _CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
@@ -39,6 +40,16 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "devices": 1,
 }
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in a line, without the page of usage before it."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", self)
+        command = parser.prog.replace(" [options]", "")
+        self.exit(2, f"error: {message}\nsee: {command} --help\n")
 
 
 class OmniQuantCLI(LightningCLI):
@@ -56,7 +67,11 @@ class OmniQuantCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is not None and not isinstance(args, list):
             raise TypeError("arguments are a list of strings, as on a command line")
-        self.config = parser.parse_args(_with_config_paths(sys.argv[1:] if args is None else args))
+        arguments = _with_config_paths(sys.argv[1:] if args is None else args)
+        try:
+            self.config = parser.parse_args(arguments)
+        except UnicodeDecodeError as error:
+            raise ConfigurationError("--config", f"the file is not UTF-8 text: {error}") from error
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -70,6 +85,16 @@ class OmniQuantCLI(LightningCLI):
         # Folding and measuring come first: those after them read what they leave behind.
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         return self._instantiate_trainer(config, [FoldCallback(), MetricsCallback(), *configured])
+
+    def before_fit(self) -> None:
+        """Called by Lightning before the fit: protects what another run has left in the folder.
+
+        Raises:
+            ConfigurationError: If the run folder holds the factors of a run with other settings.
+        """
+        assert isinstance(self.trainer, SequentialTrainer)
+        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        self.trainer.run_folder.refuse_other_settings(config)
 
 
 def find_config(name: str) -> str:
@@ -110,24 +135,39 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=2,
         auto_configure_optimizers=False,
+        parser_class=_Parser,
         parser_kwargs={"allow_abbrev": False},
         args=arguments,
     )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Drops Lightning's messages that fire once a block or do not apply to calibration."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*in eval mode at the start of training.*", ".*Experiment logs directory.*", ".*LeafSpec.*"):
+    for message in (
+        ".*in eval mode at the start of training.*",
+        ".*Experiment logs directory.*",
+        ".*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def main() -> None:
     """Entry point of ``train.py`` and of the installed command."""
-    _quieten()
+    quieten()
     try:
         run()
-    except (ConfigurationError, CalibrationError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, CalibrationError) as error:
+        refusal = _refusal_in(error)
+        if refusal is None:
+            raise
+        print(f"error: {refusal}", file=sys.stderr)
         sys.exit(2)
+
+
+def _refusal_in(error: BaseException | None) -> ConfigurationError | CalibrationError | None:
+    """Finds what a person can mend; jsonargparse wraps it where a setting may also be null."""
+    while error is not None and not isinstance(error, ConfigurationError | CalibrationError):
+        error = error.__cause__
+    return error

@@ -140,7 +140,9 @@ class BlockFactors(nn.Module):
         own = dict(self._named_factors())
         differing = sorted(set(own) ^ set(factors)) or [n for n in own if own[n].shape != factors[n].shape]
         if differing:
-            raise ConfigurationError("model.parameters", f"{origin} does not fit these settings: {differing[0]} differs")
+            raise ConfigurationError(
+                "model.parameters", f"{origin} does not fit these settings: {differing[0]} differs"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(factors[name])

@@ -76,7 +76,8 @@ class OmniQuantModel(LightningModule):
         folder = RunFolder(Path(self._start))
         if not folder.factor_file(0).is_file():
             raise ConfigurationError(
-                "model.parameters", f"{self._start} is not a run folder: {folder.factor_file(0)} is missing"
+                "model.parameters",
+                f"{self._start} is not a run folder: {folder.factor_file(0)} is missing",
             )
         return folder
 
@@ -90,13 +91,17 @@ class OmniQuantModel(LightningModule):
         _ = self.initial_factors
 
     @property
-    def linear_shapes(self) -> list[tuple[int, int]]:
+    def linear_shapes(self) -> list[tuple[int, ...]]:
         """``(out, in)`` of every quantized linear of the model."""
         shapes = self.source.block_shapes
         return [shapes[f"{name}.weight"] for name in self.source.layout.linears] * len(self.source)
 
     def block(
-        self, index: int, tensors: Mapping[str, Tensor], call: BlockCall, inputs: Mapping[str, ChannelRange]
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        call: BlockCall,
+        inputs: Mapping[str, ChannelRange],
     ) -> BlockModule:
         """Returns a block ready to learn.
 
@@ -121,7 +126,11 @@ class OmniQuantModel(LightningModule):
         return block
 
     def folded(
-        self, index: int, tensors: Mapping[str, Tensor], call: BlockCall, factors: Mapping[str, Tensor]
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        call: BlockCall,
+        factors: Mapping[str, Tensor],
     ) -> BlockModule:
         """Returns a block folded with learned factors."""
         block = self._block(index, tensors, call, self._factors(tensors, learned=True))
@@ -134,9 +143,7 @@ class OmniQuantModel(LightningModule):
         source = self.source
         return BlockFactors(source.layout, tensors, self.scheme.weights, source.attention, clipping, transform)
 
-    def _block(
-        self, index: int, tensors: Mapping[str, Tensor], call: BlockCall, factors: BlockFactors
-    ) -> BlockModule:
+    def _block(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall, factors: BlockFactors) -> BlockModule:
         rates = LearningRates(
             clipping=0.0 if self.clipping is None else self.clipping.lr,
             transform=0.0 if self.transform is None else self.transform.lr,

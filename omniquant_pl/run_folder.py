@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +31,25 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.blocks = path / "blocks"
         self.model = path / "model"
+
+    def refuse_other_settings(self, config: Mapping[str, Any]) -> None:
+        """Protects what a run with other settings has left here.
+
+        Args:
+            config: The resolved configuration of the run that is about to start.
+
+        Raises:
+            ConfigurationError: If factors are here that other settings have led to; it names the first that differs.
+        """
+        if not (self.config.is_file() and any(self.blocks.glob("*.safetensors"))):
+            return
+        saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        differing = [key for key in _deciding_keys(config) if _value(saved, key) != _value(config, key)]
+        if differing:
+            raise ConfigurationError(
+                "trainer.default_root_dir",
+                f"{self.path} holds a run with another {differing[0]}; choose another folder or delete that one",
+            )
 
     def factor_file(self, index: int) -> Path:
         """The file of one block's learned factors."""
@@ -63,3 +84,15 @@ class RunFolder:
             return {}
         content: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
         return content
+
+
+def _deciding_keys(config: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that decide what a calibration learns."""
+    sections = [f"{section}.{key}" for section in ("model", "data") for key in config[section]]
+    keys = ["seed_everything", *sections, "trainer.max_epochs", "trainer.precision"]
+    return [key for key in keys if key != "data.evaluation"]
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return (config.get(section) or {}).get(name) if name else config.get(section)

@@ -73,7 +73,11 @@ class ClippingSpec:
     """Logit that the factors start from; sigmoid(4) = 0.982 of the full range."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "model.clipping.lr", f"{self.lr} is not above 0; to turn clipping off set null")
+        _require(
+            self.lr > 0,
+            "model.clipping.lr",
+            f"{self.lr} is not above 0; to turn clipping off set null",
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ class TransformSpec:
     """Also scale between the up and down projections of a gated MLP (not in the paper)."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "model.transform.lr", f"{self.lr} is not above 0; to turn it off set model.transform to null")
+        _require(
+            self.lr > 0,
+            "model.transform.lr",
+            f"{self.lr} is not above 0; to turn it off set model.transform to null",
+        )
         _require(0 <= self.alpha <= 1, "model.transform.alpha", f"{self.alpha} is not within 0 and 1")
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
-from rich import print
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
@@ -39,31 +40,44 @@ class SequentialTrainer(Trainer):
         logger: Loggers of the loss; ``None`` or true writes ``logs/metrics.csv`` in the run folder.
         max_epochs: Epochs per block; 0 folds the initial factors.
         options: As :class:`lightning.pytorch.Trainer`.
+
+    Raises:
+        ConfigurationError: If a setting cannot work; it names the setting.
     """
 
     def __init__(
-        self, *, logger: Logger | list[Logger] | bool | None = None, max_epochs: int = 20, **options: Any
+        self,
+        *,
+        logger: Logger | list[Logger] | bool | None = None,
+        max_epochs: int = 20,
+        **options: Any,
     ) -> None:
         root = Path(options.get("default_root_dir") or "runs/default")
         options["default_root_dir"] = str(root)
         if logger is None or logger is True:
             logger = CSVLogger(root, name="logs", version="")
-        super().__init__(logger=logger, max_epochs=max_epochs, **options)
+        if max_epochs < 0:
+            raise ConfigurationError("trainer.max_epochs", f"{max_epochs} is below 0")
+        if root.exists() and not root.is_dir():
+            raise ConfigurationError("trainer.default_root_dir", f"{root} is not a folder")
+        _refuse_precision(options.get("precision"))
+        try:
+            super().__init__(logger=logger, max_epochs=max_epochs, **options)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigurationError("trainer", str(error)) from error
         self.epochs_per_block = max_epochs
         self.run_folder = RunFolder(root)
         self.evaluation_tokens: dict[str, Tensor] = {}
         self._refuse_what_cannot_work()
 
     def _refuse_what_cannot_work(self) -> None:
-        if self.precision not in _PRECISIONS:
-            raise ConfigurationError(
-                "trainer.precision", f"{self.precision} would round the factors; accepted: {', '.join(_PRECISIONS)}"
-            )
+        _refuse_precision(self.precision)  # a plugin may have set it
         if self.max_steps != -1:
             raise ConfigurationError("trainer.max_steps", "steps are not counted across blocks; use trainer.max_epochs")
-        if self.epochs_per_block < 0:
-            raise ConfigurationError("trainer.max_epochs", f"{self.epochs_per_block} is below 0")
-        if self.world_size > 1:
+        if self.num_nodes > 1:
+            raise ConfigurationError("trainer.num_nodes", "blocks are calibrated on one device; set it to 1")
+        # Launched as several processes with one device each, every one would take itself for the only one.
+        if self.world_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigurationError("trainer.devices", "blocks are calibrated on one device; set it to 1")
 
     @override
@@ -77,14 +91,19 @@ class SequentialTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> None:
         if ckpt_path is not None:
-            raise ConfigurationError("ckpt_path", "an interrupted calibration cannot be taken up again yet; leave it out")
+            raise ConfigurationError(
+                "ckpt_path", "an interrupted calibration cannot be taken up again yet; leave it out"
+            )
         assert isinstance(model, OmniQuantModel)
         assert isinstance(datamodule, CalibrationData)
         tokens = self.prepare(model, datamodule)
         self.announce("on_calibration_start", model)
         order = BatchOrder(len(tokens), _seed(), datamodule.shuffle)
         engine = Engine(
-            self.strategy.root_device, self.precision_plugin.forward_context, self._fit_block, self.announce
+            self.strategy.root_device,
+            self.precision_plugin.forward_context,
+            self._fit_block,
+            self.announce,
         )
         Calibration(model, tokens, datamodule.batch_size, order, engine).run()
         self.announce("on_calibration_end", model)
@@ -92,11 +111,13 @@ class SequentialTrainer(Trainer):
 
     def _fit_block(self, block: BlockModule, batches: StreamBatches) -> None:
         """Lets Lightning fit one block, on the trainer that has fitted those before it."""
+        if not list(block.parameters()):  # neither clipping nor transform: nothing to learn
+            return
         self.training = True
         self.should_stop = False
         self.state.status = TrainerStatus.RUNNING
         # Lightning counts epochs over the trainer's life and would run none for a second block.
-        self.fit_loop.max_epochs = self.fit_loop.epoch_progress.current.processed + self.epochs_per_block
+        self.fit_loop.max_epochs = self.current_epoch + self.epochs_per_block
         self._data_connector.attach_data(block, train_dataloaders=batches)
         self._run(block)
 
@@ -123,13 +144,17 @@ class SequentialTrainer(Trainer):
 
     def announce(self, hook: str, *arguments: Any) -> None:
         """Calls a hook of :class:`CalibrationCallback` on every callback that has it, in order."""
-        for callback in self.callbacks:
+        for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CalibrationCallback):
                 getattr(callback, hook)(self, *arguments)
 
     @override
     def test(  # type: ignore[override]
-        self, model: OmniQuantModel, datamodule: CalibrationData, ckpt_path: str | None = None
+        self,
+        model: OmniQuantModel,
+        datamodule: CalibrationData,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> dict[str, dict[str, float]]:
         """Measure the perplexity of a finished run, next to full precision and round-to-nearest.
 
@@ -137,6 +162,7 @@ class SequentialTrainer(Trainer):
             model: The run's model settings.
             datamodule: What to evaluate on.
             ckpt_path: Not used; a run's configuration may carry it.
+            weights_only: Likewise.
 
         Returns:
             Perplexity by name of the evaluation set and variant, which ``metrics.json`` holds from now on as well.
@@ -144,7 +170,7 @@ class SequentialTrainer(Trainer):
         Raises:
             ConfigurationError: If the run is not finished or does not fit the settings.
         """
-        del ckpt_path
+        del ckpt_path, weights_only
         self.prepare(model, datamodule)
         evaluation = self.evaluation(model)
         perplexities: dict[str, dict[str, float]] = {}
@@ -153,8 +179,17 @@ class SequentialTrainer(Trainer):
                 perplexities.setdefault(name, {})[variant] = value
         metrics = self.run_folder.read_metrics()
         self.run_folder.write_metrics(metrics | {"perplexity": metrics.get("perplexity", {}) | perplexities})
-        print(perplexity_table(perplexities))
+        Console().print(perplexity_table(perplexities))
         return perplexities
+
+
+def _refuse_precision(precision: str | int | None) -> None:
+    """Before Lightning replaces what the device does not have: 16-mixed would pass on a CPU."""
+    if precision not in (None, 32, "32", "bf16", *_PRECISIONS):
+        raise ConfigurationError(
+            "trainer.precision",
+            f"{precision} would round the factors; accepted: {', '.join(_PRECISIONS)}",
+        )
 
 
 def _seed() -> int:

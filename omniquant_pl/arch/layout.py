@@ -12,7 +12,14 @@ from transformers import PretrainedConfig
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.transform import AttentionShape, Pair
 
-__all__ = ["BlockLayout", "PairLayout", "attention_shape", "layout_of", "register", "registered_families"]
+__all__ = [
+    "BlockLayout",
+    "PairLayout",
+    "attention_shape",
+    "layout_of",
+    "register",
+    "registered_families",
+]
 
 
 class PairLayout(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["replace_file", "write_json", "write_tensors", "write_text"]
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file through a temporary one in the same folder: flush to disk, rename, flush the folder.
 
     Args:
@@ -46,7 +46,7 @@ def _flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    replace_file(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -26,26 +26,29 @@ def locate_model(path: str) -> Path:
     Raises:
         ConfigurationError: If there is no such model.
     """
-    if Path(path).is_dir():
-        return Path(path)
+    folder = Path(path).expanduser()
+    if path and folder.is_dir():
+        return folder
     if path in embedded_models():
         return _EMBEDDED / path
     looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     if not looks_like_hub_id:
         known = ", ".join(embedded_models())
         raise ConfigurationError(
-            "model.path", f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}"
+            "model.path",
+            f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}",
         )
     return _download(path)
 
 
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigurationError(
-            "model.path", f"there is no folder {repository!r}, and the hub did not deliver it: {error}"
+            "model.path",
+            f"there is no folder {repository!r}, and the hub did not deliver it: {error}",
         ) from error

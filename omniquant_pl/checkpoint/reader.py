@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,9 +15,30 @@ from torch import Tensor
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a checkpoint says of a tensor.
+
+    Attributes:
+        shape: Its shape.
+        element_bytes: Bytes of one value as it is stored.
+    """
+
+    shape: tuple[int, ...]
+    element_bytes: int
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
 
 class Checkpoint:
@@ -34,11 +57,7 @@ class Checkpoint:
 
     def _index(self) -> dict[str, str]:
         if (self.folder / _INDEX).is_file():
-            weight_map: dict[str, str] = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            missing = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
-            if missing:
-                raise ConfigurationError("model.path", f"{self.folder / _INDEX} names {missing[0]}, which is missing")
-            return weight_map
+            return self._weight_map(self.folder / _INDEX)
         if (self.folder / _SINGLE).is_file():
             with self._open(_SINGLE) as file:
                 return dict.fromkeys(file.keys(), _SINGLE)
@@ -47,6 +66,17 @@ class Checkpoint:
             f"{self.folder} holds neither {_SINGLE} nor {_INDEX}; pickled weights are not read: convert them with "
             "transformers' save_pretrained",
         )
+
+    def _weight_map(self, index: Path) -> dict[str, str]:
+        """Reads which shard holds a tensor, by the tensor's name."""
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigurationError("model.path", f"{index} is not an index of shards") from error
+        missing = sorted({n for n in weight_map.values() if not (self.folder / n).is_file()})
+        if missing:
+            raise ConfigurationError("model.path", f"{index} names {missing[0]}, which is missing")
+        return weight_map
 
     def _open(self, name: str) -> safe_open:
         try:
@@ -66,26 +96,35 @@ class Checkpoint:
         """Reads some tensors in the dtype they are stored in, each file opened once.
 
         Raises:
-            ConfigurationError: If one is missing.
+            ConfigurationError: If one is missing or its file cannot be read.
         """
         for name in names:
             if name not in self._file_of:
                 raise ConfigurationError("model.path", f"{self.folder} has no tensor {name}")
         tensors: dict[str, Tensor] = {}
         for file_name in sorted({self._file_of[name] for name in names}):
+            wanted = [name for name in names if self._file_of[name] == file_name]
             with self._open(file_name) as file:
-                tensors |= {name: file.get_tensor(name) for name in names if self._file_of[name] == file_name}
+                tensors |= {name: self._get(file, name) for name in wanted}
         return {name: tensors[name] for name in names}
+
+    def _get(self, file: safe_open, name: str) -> Tensor:
+        try:
+            return cast(Tensor, file.get_tensor(name))  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            path = self.folder / self._file_of[name]
+            raise ConfigurationError("model.path", f"{path} has no tensor {name}") from error
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every name and tensor, one at a time."""
         for name in self.names():
             yield name, self.read((name,))[name]
 
-    def elements(self, name: str) -> int:
-        """Number of values of a tensor, without reading it."""
+    def describe(self, name: str) -> TensorInfo:
+        """Returns shape and size of a tensor, without reading it."""
         with self._open(self._file_of[name]) as file:
-            return math.prod(file.get_slice(name).get_shape())
+            view = file.get_slice(name)
+            return TensorInfo(tuple(view.get_shape()), _DTYPE_BYTES.get(view.get_dtype(), 1))
 
     def verify(self) -> None:
         """Reads everything once and refuses what no calibration can mend.
@@ -97,8 +136,3 @@ class Checkpoint:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise ConfigurationError("model.path", f"{self.folder}: {count} values of {name} are NaN or infinite")
-
-    @property
-    def bytes(self) -> int:
-        """Size of all weight files."""
-        return sum((self.folder / name).stat().st_size for name in sorted(set(self._file_of.values())))

@@ -16,7 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from omniquant_pl.arch import attention_shape, layout_of
 from omniquant_pl.checkpoint.reader import Checkpoint
@@ -39,7 +45,7 @@ class BlockCall:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Runs a block on hidden states ``[batch, tokens, channels]``; some families return a tuple, all a tensor here."""
+        """Runs a block on hidden states ``[batch, tokens, channels]``; where it returns a tuple, the first is taken."""
         output = block(hidden, *self.arguments, **self.options)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -103,7 +109,8 @@ class SourceModel:
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 module.to_empty(device="cpu", recurse=False)
                 model._init_weights(module)
-        return model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        return model
 
     def _stored_name(self, name: str) -> str:
         """Name of a tensor in the checkpoint, which may have been saved without the language-model head around it."""
@@ -125,13 +132,12 @@ class SourceModel:
             self._model.tie_weights()
 
     @staticmethod
-    def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def _assign(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         expected = module.state_dict()
         for name, tensor in tensors.items():
             if tensor.shape != expected[name].shape:
-                raise ConfigurationError(
-                    "model.path", f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-                )
+                shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+                raise ConfigurationError("model.path", f"{prefix}{name} has shape {shapes}")
         module.load_state_dict(dict(tensors), strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -180,12 +186,12 @@ class SourceModel:
     def make_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Returns a block of the model's own class that holds these tensors (without copying them)."""
         block = copy.deepcopy(self._templates[index])
-        self._assign(block, tensors)
+        self._assign(block, tensors, self.block_prefix(index))
         return block.eval()
 
     def to(self, device: torch.device) -> None:
         """Moves what surrounds the blocks."""
-        self._model.to(device)
+        nn.Module.to(self._model, device)
 
     @property
     def device(self) -> torch.device:

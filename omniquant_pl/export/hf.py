@@ -55,7 +55,7 @@ class HfExport:
         names = list(source.surrounding_names)
         for index in range(len(source)):
             names += source.stored_names(index).values()
-        return {name: source.checkpoint.elements(name) * self._dtype.itemsize for name in names}
+        return {name: source.checkpoint.describe(name).elements * self._dtype.itemsize for name in names}
 
     def _tensors(self, model: OmniQuantModel, folder: RunFolder) -> Iterator[tuple[str, Tensor]]:
         source = model.source

@@ -27,9 +27,7 @@ class ShardWriter:
         self._folder = folder
         self._sizes = sizes
         shards = _plan(sizes, limit)
-        self._file_of = {
-            name: _file_name(number, len(shards)) for number, names in enumerate(shards) for name in names
-        }
+        self._file_of = {name: _file_name(number, len(shards)) for number, names in enumerate(shards) for name in names}
         self._last_of = {names[-1] for names in shards}
         self._pending: dict[str, Tensor] = {}
 
@@ -44,7 +42,10 @@ class ShardWriter:
     def finish(self) -> None:
         """Writes the index if there are several files."""
         if len(set(self._file_of.values())) > 1:
-            content = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": self._file_of}
+            content = {
+                "metadata": {"total_size": sum(self._sizes.values())},
+                "weight_map": self._file_of,
+            }
             write_json(self._folder / "model.safetensors.index.json", content)
 
 

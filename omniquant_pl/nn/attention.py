@@ -39,7 +39,12 @@ class AttentionInputs(nn.Module):
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention whose inputs are quantized where the module carries ``attention_inputs``."""
     inputs = getattr(module, "attention_inputs", None)

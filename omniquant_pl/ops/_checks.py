@@ -30,16 +30,13 @@ def check_same_rows(grad: Tensor, x: Tensor) -> None:
     check_rows(x)
     if grad.shape != x.shape or grad.device != x.device:
         raise ValueError(
-            f"expected grad like x, {list(x.shape)} on {x.device},"
-            f" got {list(grad.shape)} on {grad.device}"
+            f"expected grad like x, {list(x.shape)} on {x.device}, got {list(grad.shape)} on {grad.device}"
         )
     if grad.dtype != x.dtype:
         raise TypeError(f"expected grad and x of one dtype, got {grad.dtype} and {x.dtype}")
 
 
-def check_parameters(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> None:
+def check_parameters(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> None:
     """Refuse scales and zero points that do not fit the rows of `x`.
 
     Raises:

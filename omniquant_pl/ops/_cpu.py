@@ -35,9 +35,7 @@ class CpuKernels:
         self._dynamic = declare("dynamic_fake_quantize", 2)
         self._dynamic_backward = declare("dynamic_fake_quantize_backward", 3)
 
-    def fake_quantize(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-    ) -> Tensor:
+    def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """See `omniquant_pl.ops.fake_quantize`."""
         if x.dtype != torch.float32:
             return _default.fake_quantize(x, scale, zero_point, quant_min, quant_max)
@@ -83,9 +81,7 @@ class CpuKernels:
         _run(self._dynamic, (x, result), bits, symmetric)
         return result
 
-    def dynamic_fake_quantize_backward(
-        self, grad: Tensor, x: Tensor, bits: int, symmetric: bool
-    ) -> Tensor:
+    def dynamic_fake_quantize_backward(self, grad: Tensor, x: Tensor, bits: int, symmetric: bool) -> Tensor:
         """See `omniquant_pl.ops.dynamic_fake_quantize_backward`."""
         check_same_rows(grad, x)
         check_bits(bits)

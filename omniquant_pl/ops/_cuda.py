@@ -39,9 +39,7 @@ class CudaKernels:
         self._dynamic_backward = declare("dynamic_fake_quantize_backward", 3, 3)
         self._runs_on = cache(self._probe)
 
-    def fake_quantize(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-    ) -> Tensor:
+    def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """See `omniquant_pl.ops.fake_quantize`."""
         if x.dtype != torch.float32 or not self._runs_on(x.device):
             return _default.fake_quantize(x, scale, zero_point, quant_min, quant_max)
@@ -85,9 +83,7 @@ class CudaKernels:
         _launch(self._dynamic, (x, result), bits, symmetric, _ELEMENT[x.dtype])
         return result
 
-    def dynamic_fake_quantize_backward(
-        self, grad: Tensor, x: Tensor, bits: int, symmetric: bool
-    ) -> Tensor:
+    def dynamic_fake_quantize_backward(self, grad: Tensor, x: Tensor, bits: int, symmetric: bool) -> Tensor:
         """See `omniquant_pl.ops.dynamic_fake_quantize_backward`."""
         if x.dtype not in _ELEMENT or not self._runs_on(x.device):
             return _default.dynamic_fake_quantize_backward(grad, x, bits, symmetric)

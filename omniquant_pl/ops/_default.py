@@ -36,17 +36,13 @@ def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     return (-half, half - 1) if symmetric else (0, 2 * half - 1)
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """See `omniquant_pl.ops.fake_quantize`."""
     check_parameters(x, scale, zero_point, quant_min, quant_max)
     return _fake_quantize(x.contiguous(), scale, zero_point, quant_min, quant_max)
 
 
-def _fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> Tensor:
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     codes = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
     return codes.sub_(zero_point).mul_(scale)
 
@@ -57,9 +53,7 @@ def fake_quantize_backward(
     """See `omniquant_pl.ops.fake_quantize_backward`."""
     check_same_rows(grad, x)
     check_parameters(x, scale, zero_point, quant_min, quant_max)
-    return _fake_quantize_backward(
-        grad.contiguous(), x.contiguous(), scale, zero_point, quant_min, quant_max
-    )
+    return _fake_quantize_backward(grad.contiguous(), x.contiguous(), scale, zero_point, quant_min, quant_max)
 
 
 def _fake_quantize_backward(
@@ -68,14 +62,18 @@ def _fake_quantize_backward(
     ratio = x / scale
     codes = ratio.round().add_(zero_point)
     clamped = codes.clamp(quant_min, quant_max)
-    # a mask of numbers: torch.where branches on every element, 15 times slower on random masks
-    inside = (codes == clamped).to(x.dtype)
+    inside = _equal(codes, clamped)
     grad_x = grad * inside
     # [rows, columns]: (code - zero point), less the ratio where rounding passes its gradient
     slope = clamped.sub_(zero_point).sub_(ratio.mul_(inside))
     grad_scale = slope.mul_(grad).sum(dim=1, keepdim=True)
     grad_outside = (grad - grad_x).sum(dim=1, keepdim=True)
     return grad_x, grad_scale, grad_outside.mul_(scale).neg_()
+
+
+def _equal(x: Tensor, y: Tensor) -> Tensor:
+    # A mask of ones and zeros in x's dtype: on the CPU, bool tensors cost five times as much.
+    return torch.eq(x, y, out=torch.empty_like(x))
 
 
 def dynamic_fake_quantize(x: Tensor, bits: int, symmetric: bool) -> Tensor:
@@ -130,11 +128,9 @@ def _symmetric_backward(grad: Tensor, x: Tensor, bits: int) -> Tensor:
     magnitude = x.abs()
     highest = magnitude.amax(dim=1, keepdim=True)
     scale = _range_scale(highest, 2 ** (bits - 1) - 1)
-    grad_x, grad_scale, _ = _fake_quantize_backward(
-        grad, x, scale, torch.zeros_like(scale), *code_range(bits, True)
-    )
+    grad_x, grad_scale, _ = _fake_quantize_backward(grad, x, scale, torch.zeros_like(scale), *code_range(bits, True))
     grad_highest = _where(scale > SCALE_FLOOR, grad_scale).div_(2 ** (bits - 1) - 1)
-    return grad_x.add_(_spread(magnitude == highest, grad_highest).mul_(x.sign()))
+    return grad_x.add_(_spread(_equal(magnitude, highest), grad_highest).mul_(x.sign()))
 
 
 def _asymmetric_backward(grad: Tensor, x: Tensor, bits: int) -> Tensor:
@@ -148,8 +144,8 @@ def _asymmetric_backward(grad: Tensor, x: Tensor, bits: int) -> Tensor:
     grad_scale = grad_scale + grad_zero * (low / scale)
     grad_high = _where(scale > SCALE_FLOOR, grad_scale).div_(levels)
     grad_low = _where(low < 0, -grad_high - grad_zero)
-    grad_x.add_(_spread(x == low, grad_low))
-    return grad_x.add_(_spread(x == high, _where(high > 0, grad_high)))
+    grad_x.add_(_spread(_equal(x, low), grad_low))
+    return grad_x.add_(_spread(_equal(x, high), _where(high > 0, grad_high)))
 
 
 def _where(condition: Tensor, value: Tensor) -> Tensor:
@@ -157,5 +153,5 @@ def _where(condition: Tensor, value: Tensor) -> Tensor:
 
 
 def _spread(ties: Tensor, grad: Tensor) -> Tensor:
-    """Share a row's gradient [rows, 1] evenly among the ties [rows, columns] of its extreme."""
-    return ties * (grad / ties.sum(dim=1, keepdim=True).clamp_(min=1))
+    """Share a row's gradient [rows, 1] evenly among its extremes, ones in ties [rows, columns]."""
+    return ties.mul_(grad / ties.sum(dim=1, keepdim=True).clamp_(min=1))

@@ -13,7 +13,7 @@ from typing import Any
 
 import omniquant_pl
 
-__all__ = ["ABI_VERSION", "I32", "I64", "POINTER", "declare", "find", "load"]
+__all__ = ["ABI_VERSION", "I32", "I64", "POINTER", "SUFFIX", "declare", "find", "load"]
 
 ABI_VERSION = 1  # OMNIQUANT_ABI_VERSION in csrc/include/omniquant.h
 
@@ -22,7 +22,7 @@ I32 = ctypes.c_int32
 I64 = ctypes.c_int64
 
 _LOGGER = logging.getLogger(__name__)
-_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 def find(stem: str, folders: Sequence[str] | None = None) -> Path | None:
@@ -37,7 +37,7 @@ def find(stem: str, folders: Sequence[str] | None = None) -> Path | None:
         Its path, or None where it was not built.
     """
     for folder in omniquant_pl.__path__ if folders is None else folders:
-        path = Path(folder) / f"{stem}{_SUFFIX}"
+        path = Path(folder) / f"{stem}{SUFFIX}"
         if path.is_file():
             return path
     return None

@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from omniquant_pl.spec import WeightSpec
 
-__all__ = ["QuantizedWeight", "code_limits", "from_rows", "group_size_of", "quantize", "row_range", "scale_and_zero_point", "to_rows"]
+__all__ = [
+    "QuantizedWeight",
+    "code_limits",
+    "from_rows",
+    "group_size_of",
+    "quantize",
+    "row_range",
+    "scale_and_zero_point",
+    "to_rows",
+]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class _FakeQuantize(torch.autograd.Function):
         return ops.fake_quantize(rows, scale, zero_point, lowest, highest)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = ops.fake_quantize_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.limits)
         return (*grads, None, None)
@@ -39,7 +39,7 @@ class _DynamicFakeQuantize(torch.autograd.Function):
         return ops.dynamic_fake_quantize(rows, bits, symmetric)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         return ops.dynamic_fake_quantize_backward(grad.contiguous(), rows, *ctx.options), None, None
@@ -58,7 +58,7 @@ def fake_quantize(rows: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, 
     Returns:
         ``[rows, columns]``, differentiable in rows, scale and zero point.
     """
-    result: Tensor = _FakeQuantize.apply(rows, scale, zero_point, lowest, highest)
+    result: Tensor = _FakeQuantize.apply(rows, scale, zero_point, lowest, highest)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -74,5 +74,5 @@ def dynamic_fake_quantize(values: Tensor, bits: int, symmetric: bool = False) ->
         Same shape and dtype, differentiable, the gradient through minimum and maximum included.
     """
     rows = values.reshape(-1, values.shape[-1])
-    result: Tensor = _DynamicFakeQuantize.apply(rows, bits, symmetric)
+    result: Tensor = _DynamicFakeQuantize.apply(rows, bits, symmetric)  # type: ignore[no-untyped-call]
     return result.view(values.shape)

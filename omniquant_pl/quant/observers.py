@@ -39,7 +39,10 @@ class ChannelRange:
     def extend(self, values: Tensor) -> None:
         """Widens the range to contain further values ``[..., channels]``."""
         other = ChannelRange.of(values)
-        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.low, self.high = (
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ __all__ = ["bits_per_weight", "stored_bits"]
 _SCALE_BITS = 16
 
 
-def stored_bits(spec: WeightSpec, shape: tuple[int, int]) -> int:
+def stored_bits(spec: WeightSpec, shape: tuple[int, ...]) -> int:
     """Returns the bits of codes, 16-bit scales and zero points of a weight ``(out, in)``, packed without padding."""
     out_features, in_features = shape
     groups = out_features * -(-in_features // group_size_of(spec, in_features))
@@ -20,7 +20,7 @@ def stored_bits(spec: WeightSpec, shape: tuple[int, int]) -> int:
     return out_features * in_features * spec.bits + groups * (_SCALE_BITS + zero_point_bits)
 
 
-def bits_per_weight(spec: WeightSpec, shapes: Iterable[tuple[int, int]]) -> float:
+def bits_per_weight(spec: WeightSpec, shapes: Iterable[tuple[int, ...]]) -> float:
     """Returns the mean over weights of those shapes."""
     shapes = list(shapes)
     weights = sum(out_features * in_features for out_features, in_features in shapes)

@@ -1,6 +1,11 @@
 """The pairs of operators between which scales (and shifts) move without changing the model."""
 
-from omniquant_pl.transform.attention import QueryToKey, QueryToKeyPair, ValueToOutput, ValueToOutputPair
+from omniquant_pl.transform.attention import (
+    QueryToKey,
+    QueryToKeyPair,
+    ValueToOutput,
+    ValueToOutputPair,
+)
 from omniquant_pl.transform.base import AttentionShape, BlockTensors, Pair
 from omniquant_pl.transform.mlp import UpToDown, UpToDownPair
 from omniquant_pl.transform.norm import NormToLinears, NormToLinearsPair

@@ -57,7 +57,11 @@ class ValueToOutputPair(Pair):
     @property
     @override
     def changed(self) -> tuple[str, ...]:
-        return (f"{self.layout.value}.weight", f"{self.layout.value}.bias", f"{self.layout.output}.weight")
+        return (
+            f"{self.layout.value}.weight",
+            f"{self.layout.value}.bias",
+            f"{self.layout.output}.weight",
+        )
 
     @override
     def apply_to(self, tensors: BlockTensors) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from omniquant_pl.quant import ChannelRange
-from omniquant_pl.transform.base import AttentionShape, BlockTensors, Pair, initial_scale, scale_columns
+from omniquant_pl.transform.base import (
+    AttentionShape,
+    BlockTensors,
+    Pair,
+    initial_scale,
+    scale_columns,
+)
 
 __all__ = ["NormToLinears", "NormToLinearsPair"]
 

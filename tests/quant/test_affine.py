@@ -15,7 +15,12 @@ from omniquant_pl.spec import ClippingSpec, WeightSpec
 
 
 def reference_round_trip(
-    weight: np.ndarray, bits: int, group: int, symmetric: bool, gamma: float = 1.0, beta: float = 1.0
+    weight: np.ndarray,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    gamma: float = 1.0,
+    beta: float = 1.0,
 ) -> np.ndarray:
     """The formula of the paper, one group at a time, in float64 with float16 scales."""
     result = np.empty_like(weight, dtype=np.float64)
@@ -55,7 +60,7 @@ def test_codes_follow_the_formula(
     steps = np.abs(found.dequantize().double().numpy() - expected)
     step_size = found.scale.double().repeat_interleave(found.group_size, 1)[:, : shape[1]].numpy()
     assert (steps <= step_size * 1.001).all()
-    assert (steps > step_size * 0.001).mean() <= 0.01 or weight.numel() < 100 and (steps > step_size * 0.001).sum() <= 1
+    assert (steps > step_size * 0.001).sum() <= max(1, weight.numel() // 100)
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,7 +102,10 @@ def test_folding_reproduces_training_up_to_the_stored_scale(symmetric: bool) -> 
 def test_dequantize_is_exact_in_the_stored_scale() -> None:
     codes = torch.tensor([[0, 3, 1]], dtype=torch.uint8)
     weight = QuantizedWeight(
-        codes, torch.tensor([[0.5, 2.0]], dtype=torch.float16), torch.tensor([[1, 3]], dtype=torch.uint8), 2
+        codes,
+        torch.tensor([[0.5, 2.0]], dtype=torch.float16),
+        torch.tensor([[1, 3]], dtype=torch.uint8),
+        2,
     )
     assert weight.dequantize().tolist() == [[-0.5, 1.0, -4.0]]
 

@@ -20,9 +20,7 @@ __all__ = [
 ]
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Round each row to its grid: `(clamp(round(x / scale) + zero_point) - zero_point) * scale`.
 
     Rounds half to even. Infinity saturates at the end of the grid; NaN stays NaN.
@@ -69,9 +67,7 @@ def fake_quantize_backward(
         ValueError: shapes or devices do not fit, or the code range is empty.
         TypeError: dtypes differ or are not floating-point.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _fake_quantize_backward(
-        grad, x, scale, zero_point, quant_min, quant_max
-    )
+    result: tuple[Tensor, Tensor, Tensor] = _fake_quantize_backward(grad, x, scale, zero_point, quant_min, quant_max)
     return result
 
 
@@ -121,9 +117,7 @@ def dynamic_fake_quantize_backward(grad: Tensor, x: Tensor, bits: int, symmetric
     return result
 
 
-def _fake_like_x(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> Tensor:
+def _fake_like_x(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     check_parameters(x, scale, zero_point, quant_min, quant_max)
     return x.new_empty(x.shape)
 

@@ -1,0 +1,96 @@
+"""What a step of a block costs under Lightning, over the bare forward, backward and optimizer step.
+
+    python benchmarks/step_overhead.py
+
+Both run the same block on the same batches, in alternation; medians of the repetitions are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+
+from omniquant_pl.activations import BatchOrder, StreamBatches
+from omniquant_pl.block import BlockModule
+from omniquant_pl.callbacks import NumericsGuard
+from omniquant_pl.cli import quieten
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant import observe_inputs
+from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
+from omniquant_pl.trainer import SequentialTrainer
+
+SAMPLES = 64
+
+
+def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the first block and its input and target for random tokens."""
+    source = model.source
+    length = source.positions
+    tokens = torch.randint(0, source.config.vocab_size, (SAMPLES, length), generator=torch.Generator().manual_seed(0))
+    hidden, call, tensors = source.embed(tokens), source.calls(length)[0], source.block_tensors(0)
+    original = source.make_block(0, tensors)
+    with torch.no_grad(), observe_inputs(original, source.layout.linears) as inputs:
+        target = call(original, hidden)
+    return model.block(0, tensors, call, inputs), (hidden, target)
+
+
+def bare(block: BlockModule, batches: StreamBatches) -> float:
+    """Returns seconds per step of a plain loop."""
+    optimizer = block.configure_optimizers()
+    block.factors.freeze_ranges(block.tensors)
+    started = time.perf_counter()
+    for index, batch in enumerate(batches):
+        loss = block.training_step(batch, index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (time.perf_counter() - started) / len(batches)
+
+
+def under_lightning(block: BlockModule, batches: StreamBatches, folder: str) -> float:
+    """Returns seconds per step of an epoch as a calibration runs it, its fixed cost per block included."""
+    trainer = SequentialTrainer(
+        max_epochs=1,
+        default_root_dir=folder,
+        callbacks=[NumericsGuard()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+    )
+    trainer.strategy._lightning_module = block
+    trainer.state.fn = "fit"  # type: ignore[assignment]
+    started = time.perf_counter()
+    trainer._fit_block(block, batches)
+    return (time.perf_counter() - started) / len(batches)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--model", default="tiny-llama")
+    options = parser.parse_args()
+    quieten()
+    model = OmniQuantModel(options.model, WeightSpec(4), ActivationSpec(4), transform=TransformSpec())
+    loops: dict[str, list[float]] = {"bare": [], "lightning": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.repetitions):
+            block, tensors = make_block(model)
+            batches = StreamBatches(tensors, 1, BatchOrder(SAMPLES, 0, False))
+            loops["bare"].append(bare(block, batches) * 1e3)
+            block, tensors = make_block(model)
+            loops["lightning"].append(under_lightning(block, batches, folder) * 1e3)
+    medians = {name: statistics.median(values) for name, values in loops.items()}
+    print(f"{model.scheme.name}, {torch.get_num_threads()} threads, medians of {options.repetitions} in ms a step")
+    print(", ".join(f"{name} {value:.2f}" for name, value in medians.items()))
+    print(f"Lightning adds {medians['lightning'] - medians['bare']:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
