@@ -20,7 +20,7 @@ def register(
     default: Callable[..., Any],
     fake: Callable[..., Any],
     compiled: Mapping[str, object | None],
-) -> torch._ops.OpOverload[..., Any]:
+) -> Callable[..., Any]:
     """Define one operator.
 
     Args:
@@ -40,5 +40,5 @@ def register(
         if kernels is not None:
             LIBRARY.impl(name, getattr(kernels, name), key)
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
-    operator: torch._ops.OpOverload[..., Any] = getattr(torch.ops.omniquant_pl, name).default
+    operator: Callable[..., Any] = getattr(torch.ops.omniquant_pl, name).default
     return operator

@@ -59,7 +59,11 @@ def test_random_scales_leave_the_logits_as_they_are(tmp_path: Path, kv_heads: in
     for index in range(len(source)):
         tensors = source.block_tensors(index)
         factors = BlockFactors(
-            source.layout, tensors, WeightSpec(), source.attention, transform=TransformSpec(mlp=True)
+            source.layout,
+            tensors,
+            WeightSpec(),
+            source.attention,
+            transform=TransformSpec(mlp=True),
         )
         randomize(factors, seed=index)
         transformed = factors.transformed(tensors)
@@ -72,7 +76,9 @@ def test_random_scales_leave_the_logits_as_they_are(tmp_path: Path, kv_heads: in
     assert error <= 1e-5
 
 
-def test_a_scale_of_its_own_per_channel_would_not_commute_with_the_rotary_embedding(tmp_path: Path) -> None:
+def test_a_scale_of_its_own_per_channel_would_not_commute_with_the_rotary_embedding(
+    tmp_path: Path,
+) -> None:
     """Shows that the equivalence test can fail: an unshared q/k scale, as in the original, is caught."""
     source = SourceModel(save_llama(tmp_path / "model"))
     tensors = source.block_tensors(0)
@@ -101,7 +107,11 @@ def test_value_scale_is_shared_by_the_query_heads_of_a_kv_head() -> None:
     pair = ValueToOutput("v", "o").build({}, AttentionShape(heads=4, kv_heads=2, head_dim=1))
     with torch.no_grad():
         pair.scale.copy_(torch.tensor([2.0, 4.0]))
-    tensors: dict[str, Tensor] = {"v.weight": torch.ones(2, 1), "v.bias": torch.ones(2), "o.weight": torch.ones(1, 4)}
+    tensors: dict[str, Tensor] = {
+        "v.weight": torch.ones(2, 1),
+        "v.bias": torch.ones(2),
+        "o.weight": torch.ones(1, 4),
+    }
     pair.apply_to(tensors)
     assert tensors["v.weight"].flatten().tolist() == [0.5, 0.25]
     assert tensors["v.bias"].tolist() == [0.5, 0.25]

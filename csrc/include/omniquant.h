@@ -1,0 +1,85 @@
+/* C interface of the compiled kernels. No torch, no C++ in the signatures: one binary serves every
+ * torch and is loaded through ctypes. Tensors are contiguous, rows first; the caller allocates. */
+#ifndef OMNIQUANT_H
+#define OMNIQUANT_H
+
+#include <stdint.h>
+
+/* Raised whenever a signature below changes; the loader refuses a library of another version. */
+#define OMNIQUANT_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define OMNIQUANT_API __declspec(dllexport)
+#else
+#define OMNIQUANT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- libomniquant: float32 on the host, rows [begin, end) of [rows, columns] ---- */
+
+OMNIQUANT_API int32_t omniquant_abi_version(void);
+
+/* out = (clamp(round(x / scale) + zero_point) - zero_point) * scale */
+OMNIQUANT_API void omniquant_fake_quantize(const float *x, const float *scale,
+                                           const float *zero_point, float *out, int64_t columns,
+                                           int64_t begin, int64_t end, int32_t quant_min,
+                                           int32_t quant_max);
+
+/* Straight-through gradients of the above; grad_scale and grad_zero_point are [rows]. */
+OMNIQUANT_API void omniquant_fake_quantize_backward(const float *grad, const float *x,
+                                                    const float *scale, const float *zero_point,
+                                                    float *grad_x, float *grad_scale,
+                                                    float *grad_zero_point, int64_t columns,
+                                                    int64_t begin, int64_t end, int32_t quant_min,
+                                                    int32_t quant_max);
+
+/* Scale and zero point from each row's extremes; bits is 2 to 16. */
+OMNIQUANT_API void omniquant_dynamic_fake_quantize(const float *x, float *out, int64_t columns,
+                                                   int64_t begin, int64_t end, int32_t bits,
+                                                   int32_t symmetric);
+
+OMNIQUANT_API void omniquant_dynamic_fake_quantize_backward(const float *grad, const float *x,
+                                                            float *grad_x, int64_t columns,
+                                                            int64_t begin, int64_t end,
+                                                            int32_t bits, int32_t symmetric);
+
+/* ---- libomniquant_cuda: device pointers, enqueued on a cudaStream_t, never synchronising.
+ * The result is a cudaError_t, 0 for success. The current device is the tensors' device. ---- */
+
+OMNIQUANT_API int32_t omniquant_cuda_abi_version(void);
+
+/* 0 where the current device can run the kernels: its driver and architecture are supported. */
+OMNIQUANT_API int32_t omniquant_cuda_usable(void);
+
+/* Element types of the dynamic quantizer; it computes in float32. */
+enum { OMNIQUANT_FLOAT32 = 0, OMNIQUANT_FLOAT16 = 1, OMNIQUANT_BFLOAT16 = 2 };
+
+OMNIQUANT_API int32_t omniquant_cuda_fake_quantize(const float *x, const float *scale,
+                                                   const float *zero_point, float *out,
+                                                   int64_t rows, int64_t columns, int32_t quant_min,
+                                                   int32_t quant_max, void *stream);
+
+OMNIQUANT_API int32_t omniquant_cuda_fake_quantize_backward(
+    const float *grad, const float *x, const float *scale, const float *zero_point, float *grad_x,
+    float *grad_scale, float *grad_zero_point, int64_t rows, int64_t columns, int32_t quant_min,
+    int32_t quant_max, void *stream);
+
+OMNIQUANT_API int32_t omniquant_cuda_dynamic_fake_quantize(const void *x, void *out, int64_t rows,
+                                                           int64_t columns, int32_t bits,
+                                                           int32_t symmetric, int32_t dtype,
+                                                           void *stream);
+
+OMNIQUANT_API int32_t omniquant_cuda_dynamic_fake_quantize_backward(const void *grad, const void *x,
+                                                                    void *grad_x, int64_t rows,
+                                                                    int64_t columns, int32_t bits,
+                                                                    int32_t symmetric,
+                                                                    int32_t dtype, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
