@@ -70,9 +70,7 @@ def relative_error(before: LlamaForCausalLM, after: LlamaForCausalLM, tokens: Te
     return float((found - expected).norm() / expected.norm())
 
 
-def _draw(
-    count: int, span: tuple[float, float], generator: torch.Generator, width: int
-) -> tuple[Tensor, Tensor]:
+def _draw(count: int, span: tuple[float, float], generator: torch.Generator, width: int) -> tuple[Tensor, Tensor]:
     """Random channels of a width, int64 [count], and their factors, float32 [count]."""
     channels = torch.randperm(width, generator=generator)[:count]
     low, high = (math.log(end) for end in span)

@@ -143,9 +143,7 @@ def train_model(train: Tensor, held_out: Tensor, options: argparse.Namespace) ->
     return model
 
 
-def obtain_model(
-    tokenizer: PreTrainedTokenizerFast, held_out: Tensor, options: argparse.Namespace
-) -> LlamaForCausalLM:
+def obtain_model(tokenizer: PreTrainedTokenizerFast, held_out: Tensor, options: argparse.Namespace) -> LlamaForCausalLM:
     """The model before rescaling: read from ``--raw`` where that is there, else trained."""
     if options.raw is not None and options.raw.exists():
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(options.raw)
@@ -179,16 +177,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--interval", type=int, default=100, help="steps between measurements")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--norm-channels", type=int, default=4)
+    parser.add_argument("--norm-channels", type=int, default=2)
     parser.add_argument("--norm-range", type=float, nargs=2, default=(12.0, 40.0))
     parser.add_argument("--value-channels", type=int, default=3)
     parser.add_argument("--value-range", type=float, nargs=2, default=(6.0, 15.0))
     return parser.parse_args()
 
 
-def write_card(
-    folder: Path, options: argparse.Namespace, spec: OutlierSpec, results: dict[str, float]
-) -> None:
+def write_card(folder: Path, options: argparse.Namespace, spec: OutlierSpec, results: dict[str, float]) -> None:
     """Write the model card with the numbers of this run."""
     template = Path(__file__).with_name("tiny_llama_card.md").read_text(encoding="utf-8")
     values = vars(options) | vars(spec) | results | {"python": platform.python_version()}

@@ -67,9 +67,7 @@ def read_file(path: Path, role: Role) -> Text:
 def _read_jsonl(path: Path, role: Role) -> list[str]:
     with path.open(encoding="utf-8") as lines:
         return [
-            _json_text(line, f"'{path}', line {number},", role)
-            for number, line in enumerate(lines, 1)
-            if line.strip()
+            _json_text(line, f"'{path}', line {number},", role) for number, line in enumerate(lines, 1) if line.strip()
         ]
 
 

@@ -56,9 +56,7 @@ def sample_stream(tokens: Tensor, spec: WindowSpec) -> Tensor:
     return torch.stack([_random_window(tokens, spec, draws) for _ in range(spec.samples)])
 
 
-def sample_documents(
-    encode: Callable[[str], Tensor], documents: Sequence[str], spec: WindowSpec
-) -> Tensor:
+def sample_documents(encode: Callable[[str], Tensor], documents: Sequence[str], spec: WindowSpec) -> Tensor:
     """Cut random windows, each from a random document that is longer than a window.
 
     Args:

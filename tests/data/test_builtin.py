@@ -67,9 +67,7 @@ class TestThisPython:
             "import hashlib; from omniquant_pl.data.builtin import builtin_text;"
             "print(hashlib.sha256(builtin_text('evaluation').encode()).hexdigest())"
         )
-        run = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True
-        )
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         expected = hashlib.sha256(builtin_text("evaluation").encode()).hexdigest()
         assert run.stdout.strip() == expected
 
@@ -102,6 +100,7 @@ raise RuntimeError("imported")
 class A:
     """The class.
 
+    Example:
         indented
     """
     async def b(self):
@@ -112,7 +111,7 @@ def c():
 '''
         (library / "one.py").write_text(source)
         assert documents() == {
-            "one": "The module.\n\nThe class.\n\n    indented\n\nThe function.\n\nThe method."
+            "one": "The module.\n\nThe class.\n\nExample:\n    indented\n\nThe function.\n\nThe method."
         }
         assert ast.parse(source)  # the sample itself is sound
 

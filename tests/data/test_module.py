@@ -27,12 +27,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {f"w{i}": i for i in range(99)} | {"<s>": 99}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 99)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", unk_token="w0", model_max_length=16
-    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 99)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="w0", model_max_length=16)
 
 
 @pytest.fixture
@@ -74,9 +70,7 @@ class TestText:
         assert found["a"].tolist() == torch.tensor([99, *range(1, 56)]).view(7, 8).tolist()
         assert found["b"].tolist() == [[99, *range(40, 47)], [*range(47, 55)]]
 
-    def test_null_length_is_the_positions_or_2048(
-        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-    ) -> None:
+    def test_null_length_is_the_positions_or_2048(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(words(5000))
         for positions, length in ((16, 16), (4096, 2048)):
             settings = TextSettings(tokenizer, positions, VOCABULARY, 0)
@@ -159,9 +153,7 @@ class TestTokenFiles:
     def test_stream(self, tmp_path: Path) -> None:
         np.save(tmp_path / "ids.npy", np.arange(50))
         name = str(tmp_path / "ids.npy")
-        data = bound(
-            without_tokenizer(), dataset=name, samples=4, sequence_length=6, evaluation=[name]
-        )
+        data = bound(without_tokenizer(), dataset=name, samples=4, sequence_length=6, evaluation=[name])
         draws = random.Random(3)
         starts = [draws.randint(0, 50 - 6 - 1) for _ in range(4)]
         assert data.calibration_tokens().tolist() == [list(range(i, i + 6)) for i in starts]
@@ -245,9 +237,7 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match=r"^data\.sequence_length: 17 .* 16 positions"):
             data.bind(settings)
 
-    @pytest.mark.parametrize(
-        "names", [["builtin", "builtin"], ["a/x.npy", "b/x.txt"], ["builtin", "builtin.txt"]]
-    )
+    @pytest.mark.parametrize("names", [["builtin", "builtin"], ["a/x.npy", "b/x.txt"], ["builtin", "builtin.txt"]])
     def test_two_of_one_name(self, names: list[str]) -> None:
         with pytest.raises(ConfigurationError) as caught:
             CalibrationData(evaluation=names)
@@ -269,9 +259,7 @@ class TestRefusals:
         with pytest.raises(ConfigurationError, match=r"data\.evaluation: .*no tokenizer"):
             bound(without_tokenizer()).evaluation_tokens()
 
-    def test_a_tokenizer_of_another_model(
-        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-    ) -> None:
+    def test_a_tokenizer_of_another_model(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(words(60))
         data = bound(TextSettings(tokenizer, 16, 40, 3), dataset=str(tmp_path / "a.txt"))
         with pytest.raises(ConfigurationError, match="another tokenizer"):
@@ -284,7 +272,5 @@ class TestRefusals:
 
 def test_import_is_light() -> None:
     program = "import sys, omniquant_pl.data; print({'datasets', 'pyarrow'} & set(sys.modules))"
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

@@ -45,9 +45,7 @@ def rows(texts: list[Any], column: str = "text") -> datasets.Dataset:
 
 
 class TestNames:
-    @pytest.mark.parametrize(
-        "name", ["a.txt", "b/c.jsonl", "x.parquet", "t.npy", "T.NPY", "/x", "./y", "~/z"]
-    )
+    @pytest.mark.parametrize("name", ["a.txt", "b/c.jsonl", "x.parquet", "t.npy", "T.NPY", "/x", "./y", "~/z"])
     def test_paths(self, name: str) -> None:
         assert is_path(name)
 
@@ -57,16 +55,12 @@ class TestNames:
         assert not is_path(name)
         assert dataset_key(name) == name
 
-    def test_known_names_win_over_files(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_known_names_win_over_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "c4").mkdir()
         monkeypatch.chdir(tmp_path)
         assert not is_path("c4")
 
-    def test_a_thing_that_exists_is_a_path(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_thing_that_exists_is_a_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "notes").write_text("x")
         monkeypatch.chdir(tmp_path)
         assert is_path("notes")
@@ -99,9 +93,7 @@ class TestHub:
         assert text.within_documents
         assert [text.documents[i] for i in range(len(text.documents))] == ["one", "two"]
 
-    @pytest.mark.parametrize(
-        ("role", "split"), [("calibration", "train"), ("evaluation", "validation")]
-    )
+    @pytest.mark.parametrize(("role", "split"), [("calibration", "train"), ("evaluation", "validation")])
     def test_ptb(self, hub: Hub, role: Role, split: str) -> None:
         hub.answer = rows(["a b", "c"], "sentence")
         text = read_text("ptb", role)
@@ -113,9 +105,7 @@ class TestHub:
         assert hub.calls == [(("ptb-text-only/ptb_text_only",), options)]
         assert text.stream() == "a b\n\nc"
 
-    @pytest.mark.parametrize(
-        ("role", "first", "last"), [("calibration", 0, 999), ("evaluation", 1000, 1999)]
-    )
+    @pytest.mark.parametrize(("role", "first", "last"), [("calibration", 0, 999), ("evaluation", 1000, 1999)])
     def test_pile(self, hub: Hub, role: Role, first: int, last: int) -> None:
         hub.answer = rows([f"text {i}" for i in range(2500)])
         text = read_text("pile", role)
@@ -139,16 +129,10 @@ class TestHub:
 
 
 class TestHubErrors:
-    @pytest.mark.parametrize(
-        ("role", "key"), [("calibration", "data.dataset"), ("evaluation", "data.evaluation")]
-    )
+    @pytest.mark.parametrize(("role", "key"), [("calibration", "data.dataset"), ("evaluation", "data.evaluation")])
     def test_no_such_column(self, hub: Hub, role: Role, key: str) -> None:
-        hub.answer = datasets.DatasetDict(
-            {"train": rows(["x"], "body"), "test": rows(["x"], "body")}
-        )
-        with pytest.raises(
-            ConfigurationError, match=r"'user/corpus'.*'text'.*body, other"
-        ) as caught:
+        hub.answer = datasets.DatasetDict({"train": rows(["x"], "body"), "test": rows(["x"], "body")})
+        with pytest.raises(ConfigurationError, match=r"'user/corpus'.*'text'.*body, other") as caught:
             read_text("user/corpus", role)
         assert caught.value.key == key
 

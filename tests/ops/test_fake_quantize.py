@@ -94,9 +94,7 @@ def test_static_formula(case: tuple[Tensor, Tensor, Tensor, int, int]) -> None:
     x, scale, zero_point, low, high = case
     expected = [
         [quantize_number(value, s, z, low, high) for value in row]
-        for row, s, z in zip(
-            x.tolist(), scale.flatten().tolist(), zero_point.flatten().tolist(), strict=True
-        )
+        for row, s, z in zip(x.tolist(), scale.flatten().tolist(), zero_point.flatten().tolist(), strict=True)
     ]
     assert ops.fake_quantize(*case).tolist() == expected
 
@@ -137,9 +135,7 @@ def test_float32_and_halves_follow_the_formula(dtype: torch.dtype, symmetric: bo
     assert actual.dtype == dtype
     torch.testing.assert_close(actual, expected.to(dtype))
     grad = ops.dynamic_fake_quantize_backward(torch.ones_like(x), x, 4, symmetric)
-    wide = ops.dynamic_fake_quantize_backward(
-        torch.ones(x.shape, dtype=torch.float64), x.double(), 4, symmetric
-    )
+    wide = ops.dynamic_fake_quantize_backward(torch.ones(x.shape, dtype=torch.float64), x.double(), 4, symmetric)
     assert grad.dtype == dtype
     torch.testing.assert_close(grad, wide.to(dtype), rtol=1e-2, atol=1e-2)
 
@@ -191,9 +187,7 @@ def test_static_saturates_infinity_and_keeps_nan(dtype: torch.dtype) -> None:
     x = torch.tensor([[math.inf, -math.inf, math.nan, 1.0]], dtype=dtype)
     one = torch.ones(1, 1, dtype=dtype)
     result = ops.fake_quantize(x, one, one, 0, 15)
-    torch.testing.assert_close(
-        result, torch.tensor([[14.0, -1.0, math.nan, 1.0]], dtype=dtype), equal_nan=True
-    )
+    torch.testing.assert_close(result, torch.tensor([[14.0, -1.0, math.nan, 1.0]], dtype=dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,7 @@ def test_static_equals_default(case: tuple[Tensor, Tensor, Tensor, Tensor]) -> N
 
 @needs_library
 @given(cases(), st.integers(2, 8), st.booleans())
-def test_dynamic_equals_default(
-    case: tuple[Tensor, Tensor, Tensor, Tensor], bits: int, symmetric: bool
-) -> None:
+def test_dynamic_equals_default(case: tuple[Tensor, Tensor, Tensor, Tensor], bits: int, symmetric: bool) -> None:
     grad, x, _, _ = case
     actual = KERNELS.dynamic_fake_quantize(x, bits, symmetric)
     assert same_bits(actual, _default.dynamic_fake_quantize(x, bits, symmetric))
@@ -148,9 +146,7 @@ def test_unreadable_library_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 @needs_library
-def test_another_interface_is_refused(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(_native, "ABI_VERSION", _native.ABI_VERSION + 1)
     assert _native.load("libomniquant") is None
     assert "rebuild it" in caplog.text

@@ -1,0 +1,142 @@
+"""Gradients that are not finite: back, slower, and stop if that does not help."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+
+from omniquant_pl.block import BlockModule
+from omniquant_pl.callbacks import NumericsGuard
+from omniquant_pl.errors import CalibrationError
+from omniquant_pl.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.spec import ClippingSpec, TransformSpec
+from omniquant_pl.trainer import SequentialTrainer
+
+Place = tuple[int, int, int]  # block, epoch as run (repeated ones count), step
+PARAMETER = "factors.quantizers.self_attn/o_proj.upper"
+
+
+class Poison(CalibrationCallback):
+    """Spoils a gradient at some places, and records every epoch's start."""
+
+    def __init__(self, places: Collection[Place] | None, value: float = float("nan")) -> None:
+        self.places = places
+        self.value = value
+        self.starts: list[list[dict[str, Any]]] = []
+        self.results: list[BlockResult] = []
+
+    def on_block_start(self, trainer: Any, block: BlockModule) -> None:
+        self.starts.append([])
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: BlockModule) -> None:
+        optimizer = trainer.optimizers[0]
+        state = {
+            "factors": pl_module.state_dict(),
+            "rates": {group["name"]: group["lr"] for group in optimizer.param_groups},
+            "moments": optimizer.state_dict()["state"],
+        }
+        self.starts[-1].append(copy.deepcopy(state))
+        self.step = 0
+
+    def on_after_backward(self, trainer: Any, pl_module: BlockModule) -> None:
+        place = (pl_module.index, len(self.starts[-1]) - 1, self.step)
+        if self.places is None or place in self.places:
+            pl_module.get_parameter(PARAMETER).grad[3] = self.value
+        self.step += 1
+
+    def on_block_end(self, trainer: Any, block: BlockModule, result: BlockResult) -> None:
+        self.results.append(result)
+
+
+def factors_in(trainer: SequentialTrainer) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted(trainer.run_folder.blocks.iterdir())]
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.fixture
+def calibrate(
+    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
+) -> Callable[..., SequentialTrainer]:
+    def calibrate(name: str, *callbacks: Callback, epochs: int = 2) -> SequentialTrainer:
+        model = OmniQuantModel(
+            str(llama), clipping=ClippingSpec(lr=1e-2), transform=TransformSpec(lr=4e-3)
+        )
+        return fit(model, callbacks, max_epochs=epochs, default_root_dir=tmp_path / name)
+
+    return calibrate
+
+
+def test_a_healthy_run_is_left_alone(calibrate: Callable[..., SequentialTrainer]) -> None:
+    guarded, plain = calibrate("a", NumericsGuard()), calibrate("b")
+    assert_equal(factors_in(guarded), factors_in(plain))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_step_takes_its_epoch_back(
+    calibrate: Callable[..., SequentialTrainer], caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    poison = Poison({(1, 1, 2), (1, 1, 4)}, value)
+    with caplog.at_level(logging.WARNING, logger="omniquant_pl.callbacks.numerics"):
+        trainer = calibrate("bad", poison, NumericsGuard())
+    first, bad, again = poison.starts[1]
+    assert len(poison.starts[0]) == 2  # the other block has its epochs, no more
+    assert_equal(again["factors"], bad["factors"])
+    assert_equal(again["moments"], bad["moments"])
+    assert first["rates"] == bad["rates"] == {"clipping": 1e-2, "transform": 4e-3}
+    assert again["rates"] == {"clipping": 5e-3, "transform": 2e-3}
+    for factors in factors_in(trainer):
+        assert all(bool(torch.isfinite(factor).all()) for factor in factors.values())
+    (warning,) = [record.getMessage() for record in caplog.records if "finite" in record.message]
+    assert "block 1, epoch 1, step 2" in warning
+    assert PARAMETER in warning
+    assert [result.epochs for result in poison.results] == [2, 2]  # learned, not run
+
+
+def test_bad_first_epoch_starts_again_from_the_initial_factors(
+    calibrate: Callable[..., SequentialTrainer],
+) -> None:
+    poison = Poison({(0, 0, 0)})
+    calibrate("bad", poison, NumericsGuard(), epochs=1)
+    bad, again = poison.starts[0]
+    assert_equal(again["factors"], bad["factors"])
+    assert again["moments"] == {}
+    assert len(poison.starts[1]) == 1
+
+
+def test_learning_rates_are_whole_again_in_the_next_block(
+    calibrate: Callable[..., SequentialTrainer],
+) -> None:
+    poison = Poison({(0, 0, 1)})
+    calibrate("bad", poison, NumericsGuard(), epochs=1)
+    assert poison.starts[1][0]["rates"] == {"clipping": 1e-2, "transform": 4e-3}
+
+
+def test_every_block_has_its_own_retries(calibrate: Callable[..., SequentialTrainer]) -> None:
+    poison = Poison({(block, epoch, 0) for block in range(2) for epoch in range(2)})
+    calibrate("bad", poison, NumericsGuard(retries=2), epochs=1)
+    rates = [[start["rates"]["clipping"] for start in starts] for starts in poison.starts]
+    assert rates == [[1e-2, 5e-3, 2.5e-3]] * 2
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_what_does_not_heal_stops_the_calibration(
+    calibrate: Callable[..., SequentialTrainer], retries: int
+) -> None:
+    poison = Poison(None)
+    with pytest.raises(CalibrationError, match="block 0, epoch 0, step 0") as caught:
+        calibrate("bad", poison, NumericsGuard(retries), epochs=1)
+    assert PARAMETER in str(caught.value)
+    assert "model.clipping.lr" in str(caught.value)
+    assert len(poison.starts[0]) == retries + 1
