@@ -81,6 +81,7 @@ class NumericsGuard(CalibrationCallback):
     def _take_back(self, trainer: Trainer, block: BlockModule) -> None:
         factors, optimizer_state = self._good
         block.load_state_dict(factors)
+        block.forget_epoch()
         rates = [group["lr"] / 2 for group in trainer.optimizers[0].param_groups]
         trainer.optimizers[0].load_state_dict(optimizer_state)
         for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):

@@ -61,14 +61,15 @@ class ProgressCallback(CalibrationCallback):
         self._progress.reset(self._epochs, total=steps, detail="")
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, BlockModule)
+        losses = pl_module.epoch_losses
+        loss = f", loss {losses[-1]:.3e}" if losses else ""
+        self._progress.update(self._epochs, detail=f"epoch {len(losses) + 1}{loss}")
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._progress.advance(self._epochs, float(trainer.num_training_batches))
-        epoch, loss = (
-            len(pl_module.epoch_losses),
-            pl_module.epoch_losses[-1] if pl_module.epoch_losses else float("nan"),
-        )
-        self._progress.update(self._epochs, detail=f"epoch {epoch}, loss {loss:.3e}")
 
     @override
     def on_block_end(self, trainer: Trainer, block: BlockModule, result: BlockResult) -> None:

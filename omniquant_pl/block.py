@@ -108,14 +108,20 @@ class BlockModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.factors.project()
 
+    def forget_epoch(self) -> None:
+        """Drops the losses of the current epoch, which has been taken back."""
+        self._loss_sum.zero_()
+        self._loss_count = 0
+
     @override
     def on_train_epoch_end(self) -> None:
-        mean = float(self._loss_sum) / max(self._loss_count, 1)
+        if self._loss_count == 0:
+            return
+        mean = float(self._loss_sum) / self._loss_count
         self.epoch_losses.append(mean)
         self.log("loss", mean)
         self.log("block", float(self.index))
-        self._loss_sum.zero_()
-        self._loss_count = 0
+        self.forget_epoch()
 
     @override
     def configure_optimizers(self) -> AdamW:

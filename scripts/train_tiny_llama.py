@@ -49,7 +49,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.split("\n\n"), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -82,8 +82,7 @@ def build_model(seed: int) -> LlamaForCausalLM:
         eos_token_id=1,
         use_cache=True,
     )
-    model: LlamaForCausalLM = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-    return model
+    return LlamaForCausalLM(config)
 
 
 def loss_of(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ def train_model(train: Tensor, held_out: Tensor, options: argparse.Namespace) ->
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16):
             loss = loss_of(model, batch)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -156,7 +155,7 @@ def obtain_model(tokenizer: PreTrainedTokenizerFast, held_out: Tensor, options: 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the checkpoint in float16, and its tokenizer under a class that every loader knows."""
-    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]
+    model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # was written for the owner alone
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"

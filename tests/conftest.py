@@ -27,6 +27,9 @@ REFERENCE = Path(os.environ.get("OMNIQUANT_REFERENCE", ROOT.parent / "shared" / 
 settings.register_profile("omniquant", deadline=None)
 settings.load_profile("omniquant")
 
+# Tensors are tiny here: further threads only wait for each other, for long on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
