@@ -64,6 +64,7 @@ class BlockModule(LightningModule):
         self.rates = rates
         self.quantized: dict[str, QuantizedWeight] = {}
         self.epoch_losses: list[float] = []
+        self._originals: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros(())
         self._loss_count = 0
 
@@ -82,7 +83,7 @@ class BlockModule(LightningModule):
         """Runs the quantized block on ``[batch, tokens, channels]``."""
         if self.is_folded:
             return self.call(self.network, hidden)
-        overridden = self.factors(self.tensors)
+        overridden = self.factors(self._originals or self.tensors)
 
         def network(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
             return cast(Tensor, functional_call(self.network, overridden, (hidden, *arguments), options))
@@ -91,7 +92,8 @@ class BlockModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        self.factors.freeze_ranges(self.tensors)
+        self._originals = self.tensors
+        self.factors.freeze_ranges(self._originals)
         self._loss_sum = torch.zeros((), device=self.device)
 
     @override
@@ -147,6 +149,7 @@ class BlockModule(LightningModule):
             The folded block with its codes.
         """
         device = self.device
+        self._originals = {}
         self.to("cpu")
         folded = self.factors.fold(self.tensors)
         for name, tensor in folded.tensors.items():

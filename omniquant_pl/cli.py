@@ -162,7 +162,7 @@ def main() -> None:
         refusal = _refusal_in(error)
         if refusal is None:
             raise
-        print(f"error: {refusal}", file=sys.stderr)
+        sys.stderr.write(f"error: {refusal}\n")
         sys.exit(2)
 
 

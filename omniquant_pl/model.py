@@ -69,15 +69,17 @@ class OmniQuantModel(LightningModule):
         """The run whose factors are the starting point.
 
         Raises:
-            ConfigurationError: If it is not a run folder.
+            ConfigurationError: If it is not the folder of a finished run.
         """
         if self._start is None:
             return None
         folder = RunFolder(Path(self._start))
-        if not folder.factor_file(0).is_file():
+        files = [folder.factor_file(index) for index in range(len(self.source))]
+        missing = [path for path in files if not path.is_file()]
+        if missing:
             raise ConfigurationError(
                 "model.parameters",
-                f"{self._start} is not a run folder: {folder.factor_file(0)} is missing",
+                f"{self._start} is not the folder of a finished run: {missing[0]} is missing",
             )
         return folder
 

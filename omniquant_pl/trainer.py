@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 from typing_extensions import override

@@ -17,6 +17,7 @@ from omniquant_pl.quant.affine import (
     scale_and_zero_point,
     to_rows,
 )
+from omniquant_pl.quant.clipped import clipped_fake_quantize
 from omniquant_pl.quant.fake_quantize import fake_quantize
 from omniquant_pl.spec import ClippingSpec, WeightSpec
 
@@ -69,11 +70,15 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor, full_range: RowRange | None = None) -> Tensor:
         """Fake-quantizes a weight ``[out, in]``; ``full_range`` spares computing a constant range again."""
-        full_range = full_range or self.range_of(weight)
-        scale, zero_point = scale_and_zero_point(*self._clipped(full_range), self.spec.bits, self.spec.symmetric)
-        limits = code_limits(self.spec.bits, self.spec.symmetric)
-        rows = fake_quantize(to_rows(weight, self.group_size), scale, zero_point, *limits)
-        return from_rows(rows, *self.shape)
+        bits, symmetric = self.spec.bits, self.spec.symmetric
+        rows = to_rows(weight, self.group_size)
+        if self.upper is None:
+            scale, zero_point = scale_and_zero_point(*(full_range or row_range(rows)), bits, symmetric)
+            result = fake_quantize(rows, scale, zero_point, *code_limits(bits, symmetric))
+        else:
+            lower = None if self.lower is None else self.lower.view(-1, 1)
+            result = clipped_fake_quantize(rows, self.upper.view(-1, 1), lower, full_range, bits, symmetric)
+        return from_rows(result, *self.shape)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, scale_dtype: torch.dtype) -> QuantizedWeight:

@@ -71,9 +71,7 @@ def test_registration_makes_a_family_known(monkeypatch: pytest.MonkeyPatch) -> N
 
 class TestHeads:
     def test_as_configured(self) -> None:
-        config = LlamaConfig(
-            hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24
-        )
+        config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24)
         assert attention_shape(config) == AttentionShape(heads=4, kv_heads=2, head_dim=24)
 
     def test_families_without_kv_heads(self) -> None:

@@ -67,9 +67,7 @@ def test_files_and_names(
     assert files == ["00000.safetensors", "00001.safetensors"]
 
 
-def test_nothing_learned_gives_empty_files(
-    llama: Path, fit: Callable[..., SequentialTrainer]
-) -> None:
+def test_nothing_learned_gives_empty_files(llama: Path, fit: Callable[..., SequentialTrainer]) -> None:
     run = fit(OmniQuantModel(str(llama), clipping=None), max_epochs=2)
     assert [shapes_in(run, index) for index in range(2)] == [{}, {}]
 
@@ -77,8 +75,6 @@ def test_nothing_learned_gives_empty_files(
 def test_calibration_without_folding_is_refused(
     llama: Path, fit: Callable[..., SequentialTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "omniquant_pl.callbacks.FoldCallback.on_block_trained", lambda *_: None
-    )
+    monkeypatch.setattr("omniquant_pl.callbacks.FoldCallback.on_block_trained", lambda *_: None)
     with pytest.raises(CalibrationError, match="FoldCallback"):
         fit(OmniQuantModel(str(llama)), max_epochs=0)

@@ -32,9 +32,7 @@ class Watch(CalibrationCallback):
         self.seen: list[dict[str, Any]] = []
         self.blocks: list[BlockModule] = []
 
-    def on_block_end(
-        self, trainer: SequentialTrainer, block: BlockModule, result: BlockResult
-    ) -> None:
+    def on_block_end(self, trainer: SequentialTrainer, block: BlockModule, result: BlockResult) -> None:
         self.seen.append(json.loads((trainer.run_folder.path / "metrics.json").read_text()))
         self.blocks.append(block)
 
@@ -106,9 +104,7 @@ def test_keys(run: Run) -> None:
     assert set(metrics["seconds"]) == {"total", "calibration", "evaluation"}
     assert set(metrics["peak_memory_bytes"]) == {"host", "device"}
     assert set(metrics["size_bytes"]) == {"full_precision", "quantized"}
-    assert {"python", "torch", "lightning", "transformers", "omniquant-pl"} <= set(
-        metrics["versions"]
-    )
+    assert {"python", "torch", "lightning", "transformers", "omniquant-pl"} <= set(metrics["versions"])
 
 
 def test_plain_values(run: Run) -> None:
@@ -146,9 +142,7 @@ def test_perplexities(run: Run, tokens: Tensor, logits_of: Callable[..., Tensor]
     assert len({round(value, 2) for value in measured.values()}) == 3
 
 
-def test_errors_are_relative_to_the_full_precision_output(
-    run: Run, token_files: tuple[Path, Path]
-) -> None:
+def test_errors_are_relative_to_the_full_precision_output(run: Run, token_files: tuple[Path, Path]) -> None:
     """The streams of the calibration, run again through transformers and through the blocks."""
     calibration = torch.from_numpy(np.load(token_files[0]))
     reference = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)

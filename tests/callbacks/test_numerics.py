@@ -66,13 +66,9 @@ def assert_equal(first: Any, second: Any) -> None:
 
 
 @pytest.fixture
-def calibrate(
-    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
-) -> Callable[..., SequentialTrainer]:
+def calibrate(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> Callable[..., SequentialTrainer]:
     def calibrate(name: str, *callbacks: Callback, epochs: int = 2) -> SequentialTrainer:
-        model = OmniQuantModel(
-            str(llama), clipping=ClippingSpec(lr=1e-2), transform=TransformSpec(lr=4e-3)
-        )
+        model = OmniQuantModel(str(llama), clipping=ClippingSpec(lr=1e-2), transform=TransformSpec(lr=4e-3))
         return fit(model, callbacks, max_epochs=epochs, default_root_dir=tmp_path / name)
 
     return calibrate
@@ -131,9 +127,7 @@ def test_every_block_has_its_own_retries(calibrate: Callable[..., SequentialTrai
 
 
 @pytest.mark.parametrize("retries", [0, 2])
-def test_what_does_not_heal_stops_the_calibration(
-    calibrate: Callable[..., SequentialTrainer], retries: int
-) -> None:
+def test_what_does_not_heal_stops_the_calibration(calibrate: Callable[..., SequentialTrainer], retries: int) -> None:
     poison = Poison(None)
     with pytest.raises(CalibrationError, match="block 0, epoch 0, step 0") as caught:
         calibrate("bad", poison, NumericsGuard(retries), epochs=1)

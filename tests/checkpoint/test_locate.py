@@ -81,12 +81,10 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("failure", [LocalEntryNotFoundError, HFValidationError, OSError])
-def test_hub_that_does_not_deliver(
-    monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
-) -> None:
+def test_hub_that_does_not_deliver(monkeypatch: pytest.MonkeyPatch, failure: type[Exception]) -> None:
     def download(*_: Any, **__: Any) -> str:
         raise failure("no such thing")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(ConfigurationError, match="^model.path: .*'no/where'.*no such thing"):
+    with pytest.raises(ConfigurationError, match=r"^model\.path: .*'no/where'.*no such"):
         locate_model("no/where")

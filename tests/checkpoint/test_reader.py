@@ -56,9 +56,7 @@ def message_of(folder: Path) -> str:
 
 
 class TestIntact:
-    def test_tensors_come_as_they_were_stored(
-        self, single: Path, tensors: dict[str, torch.Tensor]
-    ) -> None:
+    def test_tensors_come_as_they_were_stored(self, single: Path, tensors: dict[str, torch.Tensor]) -> None:
         checkpoint = Checkpoint(single)
         assert checkpoint.names() == ("a.weight", "b.weight", "c.ids")
         assert "a.weight" in checkpoint
@@ -128,9 +126,7 @@ class TestDamaged:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    def test_values_that_are_not_finite(
-        self, tmp_path: Path, dtype: torch.dtype, value: float
-    ) -> None:
+    def test_values_that_are_not_finite(self, tmp_path: Path, dtype: torch.dtype, value: float) -> None:
         bad = torch.zeros(4, 4, dtype=dtype)
         bad[2, 1:3] = value
         save_file({"good": torch.zeros(2), "bad": bad}, tmp_path / "model.safetensors")

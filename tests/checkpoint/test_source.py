@@ -64,15 +64,11 @@ def test_the_variants_differ(
     assert (logits_of(plain, tokens) - logits_of(scaled, tokens)).abs().max() > 1e-2
 
 
-def test_other_lengths(
-    llama: Path, logits_of: Callable[..., torch.Tensor], tokens: torch.Tensor
-) -> None:
+def test_other_lengths(llama: Path, logits_of: Callable[..., torch.Tensor], tokens: torch.Tensor) -> None:
     source = SourceModel(llama)
     for length in (16, 5, 1):
         shorter = tokens[:, :length]
-        torch.testing.assert_close(
-            block_by_block(source, shorter), logits_of(llama, shorter), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(block_by_block(source, shorter), logits_of(llama, shorter), rtol=0, atol=1e-6)
 
 
 def test_half_precision_checkpoint(
@@ -80,12 +76,8 @@ def test_half_precision_checkpoint(
 ) -> None:
     LlamaForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(tmp_path)
     source = SourceModel(tmp_path)
-    assert source.checkpoint.read(("model.norm.weight",))["model.norm.weight"].dtype == (
-        torch.bfloat16
-    )
-    torch.testing.assert_close(
-        block_by_block(source, tokens), logits_of(tmp_path, tokens), rtol=0, atol=1e-6
-    )
+    assert source.checkpoint.read(("model.norm.weight",))["model.norm.weight"].dtype == (torch.bfloat16)
+    torch.testing.assert_close(block_by_block(source, tokens), logits_of(tmp_path, tokens), rtol=0, atol=1e-6)
 
 
 def test_checkpoint_without_the_head(
@@ -99,9 +91,7 @@ def test_checkpoint_without_the_head(
     LlamaForCausalLM.from_pretrained(folder).model.save_pretrained(tmp_path)
     source = SourceModel(tmp_path)
     assert "layers.0.self_attn.q_proj.weight" in source.checkpoint
-    torch.testing.assert_close(
-        block_by_block(source, tokens), logits_of(folder, tokens), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(block_by_block(source, tokens), logits_of(folder, tokens), rtol=0, atol=1e-6)
 
 
 def test_names_of_all_tensors(make_llama: Callable[..., Path]) -> None:
@@ -116,9 +106,7 @@ def test_names_of_all_tensors(make_llama: Callable[..., Path]) -> None:
     )
     prefix = "model.layers.0."
     assert source.block_shapes == {
-        name.removeprefix(prefix): tuple(tensor.shape)
-        for name, tensor in stored.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in stored.items() if name.startswith(prefix)
     }
 
 
@@ -159,9 +147,7 @@ class TestRefused:
         with pytest.raises(ConfigurationError, match=r"model\.path: .*'gpt2'.* known: .*llama"):
             SourceModel(tmp_path)
 
-    @pytest.mark.parametrize(
-        "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
-    )
+    @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
     def test_shape_that_does_not_fit(self, copy: Path, name: str) -> None:
         self._change(copy, name, lambda tensor: tensor[:, :-1].contiguous())
         with pytest.raises(ConfigurationError, match=r"model\.path: .* has shape .* not ") as caught:

@@ -74,18 +74,14 @@ def round_tokens(values: Tensor, spec: ActivationSpec) -> Tensor:
 
 def round_activations(model: nn.Module, spec: ActivationSpec) -> None:
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kw: Any) -> Any:
-        return eager_attention_forward(
-            module, *(round_tokens(state, spec) for state in (q, k, v)), *args, **kw
-        )
+        return eager_attention_forward(module, *(round_tokens(state, spec) for state in (q, k, v)), *args, **kw)
 
     AttentionInterface.register("test_rounded", attention)
     AttentionMaskInterface.register("test_rounded", eager_mask)
     model.set_attn_implementation("test_rounded")
     for name, linear in model.named_modules():
         if name.endswith(LINEARS):
-            linear.register_forward_pre_hook(
-                lambda _, inputs: (round_tokens(inputs[0], spec), *inputs[1:])
-            )
+            linear.register_forward_pre_hook(lambda _, inputs: (round_tokens(inputs[0], spec), *inputs[1:]))
 
 
 class TestFullPrecision:
@@ -142,9 +138,7 @@ class TestRoundToNearest:
 
     @pytest.mark.parametrize("symmetric", [False, True])
     @pytest.mark.parametrize("bits", [4, 8])
-    def test_activations(
-        self, make_llama: Callable[..., Path], tokens: Tensor, bits: int, symmetric: bool
-    ) -> None:
+    def test_activations(self, make_llama: Callable[..., Path], tokens: Tensor, bits: int, symmetric: bool) -> None:
         """Block by block: a value halfway between two codes may go either way, and moves all after it."""
         folder = make_llama(num_key_value_heads=2, num_hidden_layers=3)
         weights, activations = WeightSpec(bits=8), ActivationSpec(bits, symmetric)
@@ -157,7 +151,6 @@ class TestRoundToNearest:
             states = reference(tokens, output_hidden_states=True).hidden_states
             for index, call in enumerate(model.source.calls(tokens.shape[1])[:2]):
                 block = model.round_to_nearest(index, model.source.block_tensors(index), call)
-                # [windows, length]
                 error = (block(states[index]) - states[index + 1]).abs().amax(-1)
                 rounding = (unrounded[index + 1] - states[index + 1]).abs().amax(-1)
                 assert error.median() < 1e-5
@@ -167,7 +160,6 @@ class TestRoundToNearest:
         with_clipping = OmniQuantModel(path=str(llama), weights=WeightSpec(bits=3))
         without = OmniQuantModel(path=str(llama), weights=WeightSpec(bits=3), clipping=None)
         first, second = (
-            perplexity(model.source, model.round_to_nearest, tokens, CPU)
-            for model in (with_clipping, without)
+            perplexity(model.source, model.round_to_nearest, tokens, CPU) for model in (with_clipping, without)
         )
         assert first == second

@@ -41,9 +41,7 @@ def test_every_evaluation_set_is_measured(evaluation: Evaluation) -> None:
     assert measured["all"] != measured["first"]
 
 
-def test_factors_that_clip_nothing_are_round_to_nearest(
-    evaluation: Evaluation, llama: Path, tmp_path: Path
-) -> None:
+def test_factors_that_clip_nothing_are_round_to_nearest(evaluation: Evaluation, llama: Path, tmp_path: Path) -> None:
     for index in range(2):
         RunFolder(tmp_path).save_factors(index, factors_of_block(index, llama, 30.0))
     assert evaluation.measure("quantized") == evaluation.measure("round_to_nearest")
@@ -55,9 +53,7 @@ def test_factors_that_clip_are_used(evaluation: Evaluation, llama: Path, tmp_pat
     assert evaluation.measure("quantized") != evaluation.measure("round_to_nearest")
 
 
-def test_unfinished_run_is_refused_by_the_missing_file(
-    evaluation: Evaluation, llama: Path, tmp_path: Path
-) -> None:
+def test_unfinished_run_is_refused_by_the_missing_file(evaluation: Evaluation, llama: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.save_factors(0, factors_of_block(0, llama, 4.0))
     with pytest.raises(ConfigurationError, match="has not finished block 1") as caught:
@@ -65,9 +61,7 @@ def test_unfinished_run_is_refused_by_the_missing_file(
     assert str(tmp_path / "blocks" / "00001.safetensors") in str(caught.value)
 
 
-def test_factors_of_other_settings_are_refused(
-    evaluation: Evaluation, llama: Path, tmp_path: Path
-) -> None:
+def test_factors_of_other_settings_are_refused(evaluation: Evaluation, llama: Path, tmp_path: Path) -> None:
     factors = factors_of_block(0, llama, 4.0)
     RunFolder(tmp_path).save_factors(0, {name: f for name, f in factors.items() if "up_proj" not in name})
     with pytest.raises(ConfigurationError, match=r"mlp\.up_proj\.clip\.\w+ differs"):

@@ -60,9 +60,7 @@ def quantized_model(folder: Path, **changes: Any) -> OmniQuantModel:
 
 
 @pytest.fixture
-def finished(
-    llama: Path, fit: Callable[..., SequentialTrainer]
-) -> tuple[OmniQuantModel, RunFolder]:
+def finished(llama: Path, fit: Callable[..., SequentialTrainer]) -> tuple[OmniQuantModel, RunFolder]:
     model = quantized_model(llama)
     return model, fit(model, max_epochs=0).run_folder
 
@@ -105,8 +103,7 @@ def test_weights_take_the_values_of_their_codes(
     counts = []
     for tensor in quantized:
         size = weights.group_size or tensor.shape[1]
-        for group in (group for row in tensor for group in row.split(size)):
-            counts.append(len(group.unique()))
+        counts += [len(group.unique()) for row in tensor for group in row.split(size)]
     assert 2 < max(counts) <= 2**weights.bits
 
 
@@ -144,9 +141,7 @@ def test_shards(
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     assert not (tmp_path / "whole" / "model.safetensors.index.json").exists()
-    assert torch.equal(
-        logits_of(tmp_path / "parts", tokens), logits_of(tmp_path / "whole", tokens)
-    )
+    assert torch.equal(logits_of(tmp_path / "parts", tokens), logits_of(tmp_path / "whole", tokens))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -179,9 +174,7 @@ def test_half_precision_source_keeps_its_configuration(
     assert LlamaForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
-def test_companions_come_along(
-    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
-) -> None:
+def test_companions_come_along(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     GenerationConfig(temperature=0.25, do_sample=True).save_pretrained(source)
     copied = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"}
@@ -246,9 +239,7 @@ class TestCard:
         HfExport().write(model, run, output)
         return (output / "README.md").read_text()
 
-    def test_what_it_tells(
-        self, finished: tuple[OmniQuantModel, RunFolder], tmp_path: Path
-    ) -> None:
+    def test_what_it_tells(self, finished: tuple[OmniQuantModel, RunFolder], tmp_path: Path) -> None:
         model, run = finished
         values = {"full_precision": 5.0, "round_to_nearest": 7.25, "quantized": 6.5}
         run.write_metrics({"perplexity": {"wikitext2": values}})

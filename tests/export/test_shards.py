@@ -34,9 +34,7 @@ def write(folder: Path, sizes: list[int], limit: int) -> list[list[str]]:
         ([1, 1, 1], 1, [["t0"], ["t1"], ["t2"]]),
     ],
 )
-def test_tensors_fill_files_in_order(
-    tmp_path: Path, sizes: list[int], limit: int, shards: list[list[str]]
-) -> None:
+def test_tensors_fill_files_in_order(tmp_path: Path, sizes: list[int], limit: int, shards: list[list[str]]) -> None:
     assert write(tmp_path, sizes, limit) == shards
     index = tmp_path / "model.safetensors.index.json"
     assert index.exists() is (len(shards) > 1)

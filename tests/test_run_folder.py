@@ -1,0 +1,116 @@
+"""The run folder: names that others read, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def test_names(folder: RunFolder) -> None:
+    names = [folder.config, folder.metrics, folder.factor_file(0), folder.factor_file(123)]
+    assert [str(path.relative_to(folder.path)) for path in (*names, folder.model)] == [
+        "config.yaml",
+        "metrics.json",
+        "blocks/00000.safetensors",
+        "blocks/00123.safetensors",
+        "model",
+    ]
+
+
+class TestFactors:
+    def test_survive(self, folder: RunFolder) -> None:
+        factors = {"a.clip.upper": torch.randn(3, 2), "b.scale": torch.randn(4)}
+        folder.save_factors(2, factors)
+        for loaded in (folder.load_factors(2), load_file(folder.factor_file(2))):
+            torch.testing.assert_close(loaded, factors, rtol=0, atol=0)
+
+    def test_missing_file_names_itself_and_the_setting(self, folder: RunFolder) -> None:
+        with pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir: ") as caught:
+            folder.load_factors(3)
+        assert str(folder.factor_file(3)) in str(caught.value)
+        with pytest.raises(ConfigurationError, match=r"^model\.parameters: "):
+            folder.load_factors(3, "model.parameters")
+
+    def test_damaged_file_names_itself(self, folder: RunFolder) -> None:
+        folder.save_factors(0, {"a": torch.zeros(100)})
+        path = folder.factor_file(0)
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(ConfigurationError, match="is damaged") as caught:
+            folder.load_factors(0)
+        assert str(path) in str(caught.value)
+
+
+class TestMetrics:
+    def test_survive(self, folder: RunFolder) -> None:
+        folder.write_metrics({"perplexity": {"a": 1.5}, "blocks": []})
+        assert folder.read_metrics() == {"perplexity": {"a": 1.5}, "blocks": []}
+        assert json.loads(folder.metrics.read_text()) == folder.read_metrics()
+
+    def test_none_yet(self, folder: RunFolder) -> None:
+        assert folder.read_metrics() == {}
+
+
+CONFIG: dict[str, Any] = {
+    "seed_everything": 2,
+    "model": {"path": "a", "weights": {"bits": 4, "group_size": None}},
+    "data": {"dataset": "builtin", "evaluation": ["builtin"]},
+    "trainer": {"max_epochs": 20, "precision": None, "devices": 1},
+}
+
+
+class TestOtherSettings:
+    @pytest.fixture
+    def used(self, folder: RunFolder) -> RunFolder:
+        folder.save_factors(0, {"a": torch.zeros(1)})
+        folder.config.write_text(yaml.safe_dump(CONFIG))
+        return folder
+
+    @staticmethod
+    def changed(key: str, value: object) -> dict[str, Any]:
+        config = json.loads(json.dumps(CONFIG))
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+        return dict(config)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "named"),
+        [
+            ("seed_everything", 3, "seed_everything"),
+            ("model.path", "b", "model.path"),
+            ("model.weights.bits", 3, "model.weights"),
+            ("data.dataset", "wikitext2", "data.dataset"),
+            ("trainer.max_epochs", 1, "trainer.max_epochs"),
+            ("trainer.precision", "bf16-mixed", "trainer.precision"),
+        ],
+    )
+    def test_are_refused(self, used: RunFolder, key: str, value: object, named: str) -> None:
+        with pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir: ") as caught:
+            used.refuse_other_settings(self.changed(key, value))
+        assert named in str(caught.value)
+        assert str(used.path) in str(caught.value)
+
+    @pytest.mark.parametrize(("key", "value"), [("data.evaluation", ["c4"]), ("trainer.devices", "auto")])
+    def test_that_decide_nothing_pass(self, used: RunFolder, key: str, value: object) -> None:
+        used.refuse_other_settings(CONFIG)
+        used.refuse_other_settings(self.changed(key, value))
+
+    def test_nothing_to_protect(self, used: RunFolder) -> None:
+        used.factor_file(0).unlink()
+        used.refuse_other_settings(self.changed("model.path", "b"))
