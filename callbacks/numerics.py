@@ -47,15 +47,15 @@ class NumericsGuard(CalibrationCallback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict()))
-        self._names = [name for name, _ in pl_module.named_parameters()]
         self._first_bad = None
         self._step = 0
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients)))
+        gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(list(gradients.values()))))
         if self._first_bad is None:
+            self._names = list(gradients)
             self._first_bad = torch.full(bad.shape, -1, device=bad.device)
         self._first_bad = torch.where((self._first_bad < 0) & bad, self._step, self._first_bad)
         self._step += 1
@@ -63,7 +63,7 @@ class NumericsGuard(CalibrationCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = [] if self._first_bad is None else self._first_bad.tolist()
-        bad = [(step, name) for step, name in zip(steps, self._names, strict=False) if step >= 0]
+        bad = [(step, name) for step, name in zip(steps, self._names, strict=self._first_bad is not None) if step >= 0]
         if not bad:
             return
         assert isinstance(pl_module, BlockModule)

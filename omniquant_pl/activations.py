@@ -44,7 +44,7 @@ class Streams:
 
 
 class BatchOrder:
-    """The order of the samples, a function of seed and epoch only.
+    """The order of the samples, a function of the seed and the block's epoch only.
 
     Args:
         samples: Number of samples.
@@ -57,10 +57,15 @@ class BatchOrder:
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self._first_epoch = 0
+
+    def start_block(self, epoch: int) -> None:
+        """Counts epochs from here on: Lightning counts them over all blocks."""
+        self._first_epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
-        self.epoch = epoch
+        self.epoch = epoch - self._first_epoch
 
     def __call__(self) -> Tensor:
         """Returns the sample indices ``[samples]`` of the current epoch."""

@@ -102,10 +102,17 @@ def find_config(name: str) -> str:
 
     Args:
         name: What was given to ``--config``.
+
+    Raises:
+        ConfigurationError: If a bare name is neither a file nor a preset.
     """
     if Path(name).exists() or Path(name).name != name:
         return name
-    return next((str(folder / name) for folder in _CONFIG_FOLDERS if (folder / name).is_file()), name)
+    found = next((folder / name for folder in _CONFIG_FOLDERS if (folder / name).is_file()), None)
+    if found is None:
+        presets = sorted({path.name for folder in _CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+        raise ConfigurationError("--config", f"there is no file {name!r}; presets: {', '.join(presets)}")
+    return str(found)
 
 
 def _with_config_paths(arguments: list[str]) -> list[str]:

@@ -89,8 +89,12 @@ class OmniQuantModel(LightningModule):
         Raises:
             ConfigurationError: If the model or the factors to start from cannot be used.
         """
-        self.source.checkpoint.verify()
-        _ = self.initial_factors
+        self.source.verify()
+        if self.initial_factors is not None:
+            factors = self._factors(self.source.block_tensors(0), learned=True)
+            for index in range(len(self.source)):
+                path = self.initial_factors.factor_file(index)
+                factors.load(self.initial_factors.load_factors(index, "model.parameters"), str(path))
 
     @property
     def linear_shapes(self) -> list[tuple[int, ...]]:

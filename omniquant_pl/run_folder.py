@@ -43,7 +43,10 @@ class RunFolder:
         """
         if not (self.config.is_file() and any(self.blocks.glob("*.safetensors"))):
             return
-        saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        try:
+            saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigurationError("trainer.default_root_dir", f"{self.config} is damaged: {error}") from error
         differing = [key for key in _deciding_keys(config) if _value(saved, key) != _value(config, key)]
         if differing:
             raise ConfigurationError(

@@ -6,12 +6,13 @@ Everything here that leans on Lightning's private names is in :meth:`SequentialT
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.trainer.states import TrainerStatus
 from rich.console import Console
@@ -68,6 +69,7 @@ class SequentialTrainer(Trainer):
         self.epochs_per_block = max_epochs
         self.run_folder = RunFolder(root)
         self.evaluation_tokens: dict[str, Tensor] = {}
+        self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []
         self._refuse_what_cannot_work()
 
     def _refuse_what_cannot_work(self) -> None:
@@ -98,6 +100,7 @@ class SequentialTrainer(Trainer):
         assert isinstance(datamodule, CalibrationData)
         tokens = self.prepare(model, datamodule)
         self.announce("on_calibration_start", model)
+        self._early_stopping = [(c, c.state_dict()) for c in self.early_stopping_callbacks]
         order = BatchOrder(len(tokens), _seed(), datamodule.shuffle)
         engine = Engine(
             self.strategy.root_device,
@@ -118,6 +121,10 @@ class SequentialTrainer(Trainer):
         self.state.status = TrainerStatus.RUNNING
         # Lightning counts epochs over the trainer's life and would run none for a second block.
         self.fit_loop.max_epochs = self.current_epoch + self.epochs_per_block
+        batches.sampler.start_block(self.current_epoch)
+        # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.
+        for callback, state in self._early_stopping:
+            callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
         self._run(block)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from omniquant_pl.cli import find_config, main, run
+from omniquant_pl.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
 Arguments = list[str]
@@ -92,9 +93,13 @@ class TestConfigByName:
         Path("w4a4.yaml").write_text("seed_everything: 5\n")
         assert find_config("w4a4.yaml") == "w4a4.yaml"
 
-    @pytest.mark.parametrize("name", ["./w4a4.yaml", "elsewhere/w4a4.yaml", "nope.yaml"])
+    @pytest.mark.parametrize("name", ["./w4a4.yaml", "elsewhere/w4a4.yaml"])
     def test_everything_else_stays(self, name: str) -> None:
         assert find_config(name) == name
+
+    def test_an_unknown_bare_name_lists_the_presets(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"--config: .*'nope.yaml'; presets: .*w4a4\.yaml"):
+            find_config("nope.yaml")
 
     def test_later_arguments_win(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("own.yaml").write_text("model: {weights: {group_size: 32}}\n")

@@ -132,7 +132,6 @@ class TestEpochs:
         assert set(recorder.epochs) == {0, 1, 2}
         assert recorder.epochs[0] == 2
 
-    @pytest.mark.xfail(reason="Lightning's EarlyStopping keeps its best score from block to block")
     def test_every_block_stops_early_by_itself(self, llama: Path, fit: Callable[..., SequentialTrainer]) -> None:
         stop, recorder = EarlyStopping("loss", patience=1, min_delta=1e9), Recorder()
         fit(OmniQuantModel(str(llama)), [stop, recorder], max_epochs=5)

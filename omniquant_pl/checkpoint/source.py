@@ -163,6 +163,22 @@ class SourceModel:
         """What the names of a block's tensors begin with in the checkpoint."""
         return f"{self.layout.blocks}.{index}."
 
+    def verify(self) -> None:
+        """Looks at every tensor once, before any work.
+
+        Raises:
+            ConfigurationError: If one is missing, has another shape, or a value that is not finite.
+        """
+        shapes = self.block_shapes
+        for index in range(len(self)):
+            for name, stored in self.stored_names(index).items():
+                if stored not in self.checkpoint:
+                    raise ConfigurationError("model.path", f"{self.folder} has no tensor {stored}")
+                found = self.checkpoint.describe(stored).shape
+                if found != shapes[name]:
+                    raise ConfigurationError("model.path", f"{stored} has shape {found}, not {shapes[name]}")
+        self.checkpoint.verify()
+
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one block's tensors by name."""

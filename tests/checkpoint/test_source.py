@@ -76,7 +76,8 @@ def test_half_precision_checkpoint(
 ) -> None:
     LlamaForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(tmp_path)
     source = SourceModel(tmp_path)
-    assert source.checkpoint.read(("model.norm.weight",))["model.norm.weight"].dtype == (torch.bfloat16)
+    stored = source.checkpoint.read(("model.norm.weight",))["model.norm.weight"]
+    assert stored.dtype == torch.bfloat16
     torch.testing.assert_close(block_by_block(source, tokens), logits_of(tmp_path, tokens), rtol=0, atol=1e-6)
 
 

@@ -174,6 +174,26 @@ def test_half_precision_source_keeps_its_configuration(
     assert LlamaForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
+def test_checkpoint_without_the_head(
+    make_llama: Callable[..., Path],
+    fit: Callable[..., SequentialTrainer],
+    logits_of: Callable[..., Tensor],
+    tokens: Tensor,
+    tmp_path: Path,
+) -> None:
+    """The names in the file, which lack the head's prefix, are kept."""
+    whole, base = make_llama(tie_word_embeddings=True), tmp_path / "base"
+    LlamaForCausalLM.from_pretrained(whole).model.save_pretrained(base)
+    logits = []
+    for name, folder in (("whole", whole), ("base", base)):
+        model = quantized_model(folder)
+        trainer = fit(model, max_epochs=0, default_root_dir=tmp_path / f"{name}-run")
+        HfExport().write(model, trainer.run_folder, tmp_path / f"{name}-out")
+        logits.append(logits_of(tmp_path / f"{name}-out", tokens))
+    assert set(load_file(tmp_path / "base-out" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
+    assert torch.equal(*logits)
+
+
 def test_companions_come_along(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     GenerationConfig(temperature=0.25, do_sample=True).save_pretrained(source)
