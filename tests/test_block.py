@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from omniquant_pl.block import BlockModule
@@ -20,20 +20,8 @@ TOKENS = 16
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=TOKENS,
-        initializer_range=0.2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(make_llama: Callable[..., Path]) -> Path:
+    return make_llama(num_key_value_heads=2)
 
 
 def make(model: OmniQuantModel) -> tuple[BlockModule, Tensor, Tensor]:

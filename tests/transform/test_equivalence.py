@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.factors import BlockFactors
@@ -15,29 +16,6 @@ from omniquant_pl.quant import ChannelRange
 from omniquant_pl.spec import TransformSpec, WeightSpec
 from omniquant_pl.transform import AttentionShape, NormToLinears, QueryToKey, ValueToOutput
 from omniquant_pl.transform.base import initial_scale
-
-
-def save_llama(folder: Path, *, heads: int = 4, kv_heads: int = 4, bias: bool = False, tied: bool = False) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=64,
-        attention_bias=bias,
-        mlp_bias=bias,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:
-            nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 def randomize(factors: BlockFactors, seed: int) -> None:
@@ -50,10 +28,18 @@ def randomize(factors: BlockFactors, seed: int) -> None:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_random_scales_leave_the_logits_as_they_are(tmp_path: Path, kv_heads: int, bias: bool, tied: bool) -> None:
-    folder = save_llama(tmp_path / "model", kv_heads=kv_heads, bias=bias, tied=tied)
+def test_random_scales_leave_the_logits_as_they_are(
+    make_llama: Callable[..., Path], kv_heads: int, bias: bool, tied: bool
+) -> None:
+    folder = make_llama(
+        num_key_value_heads=kv_heads,
+        attention_bias=bias,
+        mlp_bias=bias,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
     source = SourceModel(folder)
-    tokens = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 64, (3, 24), generator=torch.Generator().manual_seed(1))
     calls = source.calls(24)
     hidden = source.embed(tokens)
     for index in range(len(source)):
@@ -77,10 +63,10 @@ def test_random_scales_leave_the_logits_as_they_are(tmp_path: Path, kv_heads: in
 
 
 def test_a_scale_of_its_own_per_channel_would_not_commute_with_the_rotary_embedding(
-    tmp_path: Path,
+    make_llama: Callable[..., Path],
 ) -> None:
     """Shows that the equivalence test can fail: an unshared q/k scale, as in the original, is caught."""
-    source = SourceModel(save_llama(tmp_path / "model"))
+    source = SourceModel(make_llama(initializer_range=0.4))
     tensors = source.block_tensors(0)
     scale = torch.exp(0.3 * torch.randn(32, generator=torch.Generator().manual_seed(2)))
     broken = dict(tensors)
