@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from omniquant_pl import __version__
 from omniquant_pl.block import BlockModule
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.storage import bits_per_weight, stored_bits
 from omniquant_pl.trainer import SequentialTrainer
@@ -70,6 +68,7 @@ class MetricsCallback(CalibrationCallback):
         self._write(trainer)
 
     def _evaluate(self, trainer: SequentialTrainer, model: OmniQuantModel, variant: str) -> None:
+        trainer.announce("on_evaluation_start", variant)
         started = time.perf_counter()
         for name, value in trainer.evaluation(model).measure(variant).items():
             self.metrics["perplexity"][name][variant] = value
@@ -78,7 +77,7 @@ class MetricsCallback(CalibrationCallback):
     def _write(self, trainer: Trainer) -> None:
         assert isinstance(trainer, SequentialTrainer)
         self.metrics["seconds"]["total"] = time.perf_counter() - self._started
-        self.metrics["peak_memory_bytes"] = _peak_memory(trainer.strategy.root_device)
+        self.metrics["peak_memory_bytes"] = peak_memory(trainer.strategy.root_device)
         if trainer.is_global_zero:
             trainer.run_folder.write_metrics(self.metrics)
 
@@ -95,15 +94,6 @@ def _sizes(model: OmniQuantModel) -> dict[str, int]:
         full += size
         quantized += -(-stored_bits(model.scheme.weights, info.shape) // 8) if name in linears else size
     return {"full_precision": full, "quantized": quantized}
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes on Linux
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {
-        "host": host,
-        "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-    }
 
 
 def _versions() -> dict[str, str]:

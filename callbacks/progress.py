@@ -17,6 +17,7 @@ from typing_extensions import override
 from omniquant_pl.block import BlockModule
 from omniquant_pl.evaluate import perplexity_table
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
 
@@ -55,6 +56,10 @@ class ProgressCallback(CalibrationCallback):
         self._epochs = self._progress.add_task("steps", total=None, detail="")
 
     @override
+    def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
+        self.console.print(f"measuring the perplexity of the {variant.replace('_', ' ')} model")
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, SequentialTrainer)
         steps = trainer.epochs_per_block * int(trainer.num_training_batches)
@@ -73,7 +78,7 @@ class ProgressCallback(CalibrationCallback):
 
     @override
     def on_block_end(self, trainer: Trainer, block: BlockModule, result: BlockResult) -> None:
-        self._progress.advance(self._blocks)
+        self._progress.update(self._blocks, advance=1, detail=_memory(trainer))
         self.console.print(
             f"block {result.index}: error {result.relative_error:.2e} of the output's power, "
             f"round-to-nearest {result.relative_error_rtn:.2e}; loss {result.loss_initial:.2e} -> "
@@ -92,3 +97,9 @@ class ProgressCallback(CalibrationCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._progress.stop()
+
+
+def _memory(trainer: Trainer) -> str:
+    peak = peak_memory(trainer.strategy.root_device)
+    device = f", {peak['device'] / 1e9:.1f} GB on the device" if peak["device"] else ""
+    return f"peak memory {peak['host'] / 1e9:.1f} GB{device}"

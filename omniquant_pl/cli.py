@@ -75,16 +75,16 @@ class OmniQuantCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ProgressCallback, "progress")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(NumericsGuard, "numerics")
-        parser.add_lightning_class_args(ProgressCallback, "progress")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         configured = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
-        # Folding and measuring come first: those after them read what they leave behind.
         config = {**self._get(self.config_init, "trainer"), **kwargs}
-        return self._instantiate_trainer(config, [FoldCallback(), MetricsCallback(), *configured])
+        # Ends are heard in reverse: measured first, then exported, then shown.
+        return self._instantiate_trainer(config, [*configured, MetricsCallback(), FoldCallback()])
 
     def before_fit(self) -> None:
         """Called by Lightning before the fit: protects what another run has left in the folder.

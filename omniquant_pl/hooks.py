@@ -38,10 +38,16 @@ class BlockResult:
 
 
 class CalibrationCallback(Callback):
-    """A Lightning callback that also hears about the calibration as a whole. All hooks do nothing by default."""
+    """A Lightning callback that also hears about the calibration as a whole. All hooks do nothing by default.
+
+    Hooks are called in the order of the callbacks, those that end something in reverse: callbacks nest.
+    """
 
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         """Model and data are ready; no block has been touched."""
+
+    def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
+        """The perplexity of a variant of the model is about to be measured."""
 
     def on_block_start(self, trainer: Trainer, block: BlockModule) -> None:
         """A block's factors are initialised; Lightning's fit hooks come next."""

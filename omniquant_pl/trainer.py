@@ -150,8 +150,9 @@ class SequentialTrainer(Trainer):
         return Evaluation(model, self.run_folder, self.evaluation_tokens, device, context)
 
     def announce(self, hook: str, *arguments: Any) -> None:
-        """Calls a hook of :class:`CalibrationCallback` on every callback that has it, in order."""
-        for callback in self.callbacks:  # type: ignore[attr-defined]
+        """Calls a hook of :class:`CalibrationCallback` on every callback that has it: in order, an end in reverse."""
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        for callback in reversed(callbacks) if hook.endswith("_end") else callbacks:
             if isinstance(callback, CalibrationCallback):
                 getattr(callback, hook)(self, *arguments)
 

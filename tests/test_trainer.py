@@ -268,7 +268,7 @@ class TestReproducible:
     def test_same_seed_same_bytes(self, llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> None:
         for name in ("a", "b"):
             model = OmniQuantModel(str(llama), transform=TransformSpec())
-            callbacks = [MetricsCallback(), ExportCallback(shard_bytes=20_000)]
+            callbacks = [ExportCallback(shard_bytes=20_000), MetricsCallback()]
             fit(model, callbacks, {"shuffle": True}, default_root_dir=tmp_path / name)
         first, second = self.content(tmp_path / "a"), self.content(tmp_path / "b")
         assert {"blocks/00001.safetensors", "model/README.md"} <= set(first)

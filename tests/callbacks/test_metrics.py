@@ -45,7 +45,7 @@ class Run:
         self.watch = Watch()
         weights, activations = WeightSpec(bits=3, group_size=20), ActivationSpec(bits=6)
         self.model = OmniQuantModel(str(folder), weights, activations)
-        fit(self.model, [MetricsCallback(), self.watch], max_epochs=2, default_root_dir=root)
+        fit(self.model, [self.watch, MetricsCallback()], max_epochs=2, default_root_dir=root)
         self.metrics = json.loads((root / "metrics.json").read_text())
 
 

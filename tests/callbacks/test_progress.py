@@ -29,7 +29,7 @@ def seen(
         if terminal:
             monkeypatch.setenv("FORCE_COLOR", "1")
         model = OmniQuantModel(str(llama))
-        fit(model, [MetricsCallback(), ProgressCallback(quiet)], max_epochs=3)
+        fit(model, [ProgressCallback(quiet), MetricsCallback()], max_epochs=3)
         return capsys.readouterr().out
 
     return seen
