@@ -1,6 +1,6 @@
 """Perplexity of calibrated reference models, next to what the original OmniQuant scores on them.
 
-    python benchmarks/reference_rows.py --reference ../shared/reference
+    python benchmarks/reference_rows.py --reference FOLDER
 
 Every LLaMA row of ``results.json`` is calibrated with the settings written there: the same tokens in the same order,
 batch 1, the same epochs, learning rates and bits. ``--windows`` calibrates one row on other token windows instead:
@@ -67,7 +67,7 @@ def measure(row: dict[str, Any], reference: Path, calibration: Path, seed: int, 
 def main() -> None:
     """Runs the rows and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference")
+    parser.add_argument("--reference", type=Path, required=True, help="folder with results.json, models/ and tokens")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "reference")
     parser.add_argument("--rows", nargs="*", help="names of rows; all LLaMA rows by default")
     parser.add_argument("--windows", type=int, nargs="*", default=[], help="seeds of other token windows")
@@ -77,12 +77,13 @@ def main() -> None:
     rows = [row for row in rows if not options.rows or row["name"] in options.rows]
     calibration = reference / "calibration.npy"
     options.runs.mkdir(parents=True, exist_ok=True)
+    stream = options.runs / "stream.npy"
+    if options.windows:
+        np.save(stream, np.load(calibration).reshape(-1))
     print(HEADER)
     for row in rows:
         if not options.windows:
             print(measure(row, reference, calibration, 2, options.runs / row["name"]), flush=True)
-        stream = options.runs / "stream.npy"
-        np.save(stream, np.load(calibration).reshape(-1))
         for seed in options.windows:
             print(measure(row, reference, stream, seed, options.runs / f"{row['name']}-{seed}"), flush=True)
 

@@ -48,6 +48,7 @@ def bare(block: BlockModule, batches: StreamBatches) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        block.factors.project()
     return (time.perf_counter() - started) / len(batches)
 
 

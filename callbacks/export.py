@@ -7,6 +7,7 @@ from typing import Literal
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
@@ -31,6 +32,8 @@ class ExportCallback(CalibrationCallback):
         dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         shard_bytes: int = 5_000_000_000,
     ) -> None:
+        if shard_bytes < 1:
+            raise ConfigurationError("export.shard_bytes", f"{shard_bytes} is not a positive number of bytes")
         self.format = format
         self._export = HfExport(dtype, shard_bytes)
 

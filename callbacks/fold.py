@@ -18,6 +18,8 @@ class FoldCallback(CalibrationCallback):
     @override
     def on_block_trained(self, trainer: Trainer, block: BlockModule) -> None:
         assert isinstance(trainer, SequentialTrainer)
+        if block.is_folded:
+            return
         block.fold()
         if trainer.is_global_zero:
             trainer.run_folder.save_factors(block.index, block.factors.export())

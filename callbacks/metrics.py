@@ -50,6 +50,10 @@ class MetricsCallback(CalibrationCallback):
             "size_bytes": _sizes(model),
             "versions": _versions(),
         }
+
+    @override
+    def on_baseline(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        assert isinstance(trainer, SequentialTrainer)
         self._evaluate(trainer, model, "full_precision")
         self._evaluate(trainer, model, "round_to_nearest")
         self._calibration_started = time.perf_counter()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from omniquant_pl.block import BlockModule
-from omniquant_pl.errors import CalibrationError
+from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.hooks import CalibrationCallback
 
 __all__ = ["NumericsGuard"]
@@ -33,6 +33,8 @@ class NumericsGuard(CalibrationCallback):
     """
 
     def __init__(self, retries: int = 3) -> None:
+        if retries < 0:
+            raise ConfigurationError("numerics.retries", f"{retries} is below 0")
         self.retries = retries
         self._failures = 0
         self._good: tuple[dict[str, Any], dict[str, Any]] = ({}, {})

@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from omniquant_pl.checkpoint import BlockCall
+from omniquant_pl.errors import CalibrationError
 from omniquant_pl.factors import BlockFactors, FoldedBlock
 from omniquant_pl.quant import QuantizedWeight
 
@@ -97,6 +98,12 @@ class BlockModule(LightningModule):
         self._loss_sum = torch.zeros((), device=self.device)
 
     @override
+    def on_fit_end(self) -> None:
+        """The block is on the CPU again; what was kept for the steps is not."""
+        self._originals = {}
+        self.factors.release_ranges()
+
+    @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``."""
         hidden, *targets = batch
@@ -140,18 +147,27 @@ class BlockModule(LightningModule):
                 "name": "transform",
             },
         ]
-        return AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
+        # Lightning cannot clip gradients under mixed precision for an optimizer that is fused.
+        clips = self._trainer is not None and self._trainer.gradient_clip_val is not None
+        return AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=not clips)
 
     def fold(self) -> FoldedBlock:
         """Puts the final, dequantized weights into the network; computed on the CPU whatever the device.
 
         Returns:
             The folded block with its codes.
+
+        Raises:
+            CalibrationError: If a scale cannot be stored.
         """
+        if self.is_folded:
+            raise RuntimeError(f"block {self.index} is folded already")
         device = self.device
-        self._originals = {}
         self.to("cpu")
-        folded = self.factors.fold(self.tensors)
+        try:
+            folded = self.factors.fold(self.tensors)
+        except CalibrationError as error:
+            raise CalibrationError(f"block {self.index}, {error}") from error
         for name, tensor in folded.tensors.items():
             owner, _, leaf = name.rpartition(".")
             self.network.get_submodule(owner)._buffers[leaf] = tensor

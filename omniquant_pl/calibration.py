@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -126,7 +127,7 @@ class Calibration:
     ) -> BlockResult:
         call: BlockCall = self._calls[block.index]
         nearest = self._model.round_to_nearest(block.index, tensors, call).to(self._engine.device)
-        power = float(target.double().square().mean())
+        power = _mean_square(target)
         loss = _mean_squared_error(output, target)
         nearest_loss = _mean_squared_error(self._engine.map(nearest, self._streams.quantized), target)
         return BlockResult(
@@ -140,5 +141,11 @@ class Calibration:
         )
 
 
+def _mean_square(values: Tensor) -> float:
+    """Mean over ``[samples, ...]``, a few samples at a time: no copy of the whole stream is made."""
+    return math.fsum(float(part.square().sum()) for part in values.split(8)) / values.numel()
+
+
 def _mean_squared_error(output: Tensor, target: Tensor) -> float:
-    return float((output - target).double().square().mean())
+    parts = zip(output.split(8), target.split(8), strict=True)
+    return math.fsum(float((one - other).square().sum()) for one, other in parts) / output.numel()

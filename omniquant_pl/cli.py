@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -92,8 +93,19 @@ class OmniQuantCLI(LightningCLI):
         Raises:
             ConfigurationError: If the run folder holds the factors of a run with other settings.
         """
+        self._refuse_other_settings("fit")
+
+    def before_test(self) -> None:
+        """Called by Lightning before the test: measures no run under settings that are not its own.
+
+        Raises:
+            ConfigurationError: As :meth:`before_fit`.
+        """
+        self._refuse_other_settings("test")
+
+    def _refuse_other_settings(self, subcommand: str) -> None:
         assert isinstance(self.trainer, SequentialTrainer)
-        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        config = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
         self.trainer.run_folder.refuse_other_settings(config)
 
 
@@ -165,6 +177,9 @@ def main() -> None:
     quieten()
     try:
         run()
+    except MisconfigurationException as error:
+        sys.stderr.write(f"error: trainer: {error}\n")
+        sys.exit(2)
     except (ValueError, CalibrationError) as error:
         refusal = _refusal_in(error)
         if refusal is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from omniquant_pl.arch import BlockLayout
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.quant import ChannelRange, QuantizedWeight, RowRange, WeightQuantizer
 from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec
 from omniquant_pl.transform import AttentionShape, Pair
@@ -93,6 +93,10 @@ class BlockFactors(nn.Module):
             if f"{name}.weight" not in changed
         }
 
+    def release_ranges(self) -> None:
+        """Forgets the ranges of :meth:`freeze_ranges`."""
+        self._constant_ranges = {}
+
     def transformed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Applies the pairs: the same function of the block's input as the originals, before quantization."""
         result = dict(tensors)
@@ -115,11 +119,16 @@ class BlockFactors(nn.Module):
         Args:
             tensors: The block's original tensors, on the CPU so that the codes do not depend on the device.
             scale_dtype: The dtype of stored scales.
+
+        Raises:
+            CalibrationError: If a scale overflows that dtype.
         """
         result = self.transformed(tensors)
         quantized: dict[str, QuantizedWeight] = {}
         for name, quantizer in self.named_quantizers():
             quantized[name] = quantizer.quantize(result[f"{name}.weight"], scale_dtype)
+            if not bool(torch.isfinite(quantized[name].scale).all()):
+                raise CalibrationError(f"{name}: its weights need scales beyond what {scale_dtype} can hold")
             result[f"{name}.weight"] = quantized[name].dequantize()
         return FoldedBlock(result, quantized)
 

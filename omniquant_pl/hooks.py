@@ -46,6 +46,9 @@ class CalibrationCallback(Callback):
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         """Model and data are ready; no block has been touched."""
 
+    def on_baseline(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        """Everybody has started; whoever measures what the model is compared with does so here."""
+
     def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
         """The perplexity of a variant of the model is about to be measured."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from torch import Tensor
 from omniquant_pl.checkpoint import write_json, write_tensors
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["RunFolder"]
+__all__ = ["VARIANTS", "RunFolder"]
+
+VARIANTS = ("full_precision", "round_to_nearest", "quantized")
+"""The models whose perplexities ``metrics.json`` holds."""
 
 
 class RunFolder:
@@ -32,11 +36,22 @@ class RunFolder:
         self.blocks = path / "blocks"
         self.model = path / "model"
 
+    def start(self) -> None:
+        """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
+        found = [path for path in (self.blocks, self.model, self.metrics) if path.exists()]
+        if not found:
+            return
+        previous = self.path / "previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        previous.mkdir()
+        for path in found:
+            path.rename(previous / path.name)
+
     def refuse_other_settings(self, config: Mapping[str, Any]) -> None:
-        """Protects what a run with other settings has left here.
+        """Protects what a run with other settings has left here, and does not take it for these settings' own.
 
         Args:
-            config: The resolved configuration of the run that is about to start.
+            config: The resolved configuration of the run that is about to start, or to be measured.
 
         Raises:
             ConfigurationError: If factors are here that other settings have led to; it names the first that differs.

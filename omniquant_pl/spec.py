@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from omniquant_pl.errors import ConfigurationError
@@ -12,6 +13,11 @@ __all__ = ["ActivationSpec", "ClippingSpec", "Scheme", "TransformSpec", "WeightS
 def _require(condition: bool, key: str, message: str) -> None:
     if not condition:
         raise ConfigurationError(key, message)
+
+
+def _require_rate(rate: float, key: str) -> None:
+    message = f"{rate} is not a number above 0 and at most 1; to turn it off set {key} to null"
+    _require(0 < rate <= 1, f"{key}.lr", message)
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,8 @@ class ClippingSpec:
     """Logit that the factors start from; sigmoid(4) = 0.982 of the full range."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.lr > 0,
-            "model.clipping.lr",
-            f"{self.lr} is not above 0; to turn clipping off set null",
-        )
+        _require_rate(self.lr, "model.clipping")
+        _require(math.isfinite(self.initial), "model.clipping.initial", f"{self.initial} is not a finite number")
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,14 @@ class TransformSpec:
     """
 
     lr: float = 5.0e-3
-    """AdamW learning rate of the channel scales and shifts."""
+    """AdamW learning rate of the channel scales."""
     alpha: float = 0.5
     """Migration strength of the initial scale, max|X|^alpha / max|W|^(1 - alpha); 0 to 1."""
     mlp: bool = False
     """Also scale between the up and down projections of a gated MLP (not in the paper)."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.lr > 0,
-            "model.transform.lr",
-            f"{self.lr} is not above 0; to turn it off set model.transform to null",
-        )
+        _require_rate(self.lr, "model.transform")
         _require(0 <= self.alpha <= 1, "model.transform.alpha", f"{self.alpha} is not within 0 and 1")
 
 

@@ -57,6 +57,10 @@ class SequentialTrainer(Trainer):
         options["default_root_dir"] = str(root)
         if logger is None or logger is True:
             logger = CSVLogger(root, name="logs", version="")
+        if options.get("max_time") is not None:
+            raise ConfigurationError("trainer.max_time", "time is not counted across blocks; use trainer.max_epochs")
+        if options.get("fast_dev_run"):
+            raise ConfigurationError("trainer.fast_dev_run", "use data.samples and trainer.max_epochs for a short run")
         if max_epochs < 0:
             raise ConfigurationError("trainer.max_epochs", f"{max_epochs} is below 0")
         if root.exists() and not root.is_dir():
@@ -74,6 +78,10 @@ class SequentialTrainer(Trainer):
 
     def _refuse_what_cannot_work(self) -> None:
         _refuse_precision(self.precision)  # a plugin may have set it
+        if self.limit_train_batches == 0:
+            raise ConfigurationError(
+                "trainer.limit_train_batches", "0 learns nothing; for that set trainer.max_epochs to 0"
+            )
         if self.max_steps != -1:
             raise ConfigurationError("trainer.max_steps", "steps are not counted across blocks; use trainer.max_epochs")
         if self.num_nodes > 1:
@@ -99,7 +107,10 @@ class SequentialTrainer(Trainer):
         assert isinstance(model, OmniQuantModel)
         assert isinstance(datamodule, CalibrationData)
         tokens = self.prepare(model, datamodule)
+        if self.is_global_zero:
+            self.run_folder.start()
         self.announce("on_calibration_start", model)
+        self.announce("on_baseline", model)
         self._early_stopping = [(c, c.state_dict()) for c in self.early_stopping_callbacks]
         order = BatchOrder(len(tokens), _seed(), datamodule.shuffle)
         engine = Engine(
@@ -127,6 +138,9 @@ class SequentialTrainer(Trainer):
             callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
         self._run(block)
+        # Or Lightning would hold on to the block's streams until the next one comes.
+        self.fit_loop._combined_loader = None
+        self.fit_loop._data_source.instance = None
 
     def prepare(self, model: OmniQuantModel, data: CalibrationData) -> Tensor:
         """Opens model and data and refuses what cannot work, before any work.

@@ -101,6 +101,13 @@ def test_folding_gives_what_was_trained_up_to_the_stored_scale(folder: Path) -> 
         assert torch.equal(block.network.get_submodule(name).weight, weight.dequantize())
 
 
+def test_a_block_is_folded_once(folder: Path) -> None:
+    block, _, _ = make(OmniQuantModel(str(folder)))
+    block.fold()
+    with pytest.raises(RuntimeError, match="block 0 is folded already"):
+        block.fold()
+
+
 def test_attention_inputs_are_quantized_after_the_rotary_embedding(folder: Path) -> None:
     block, hidden, _ = make(OmniQuantModel(str(folder), WeightSpec(8), ActivationSpec(4)))
     seen: dict[str, Tensor] = {}

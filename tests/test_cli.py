@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -120,7 +121,7 @@ class TestRefused:
             ("--model.weights.bits=four", "model.weights.bits"),
             ("--model.weights.group_size=0", "model.weights.group_size: 0 is neither null"),
             ("--model.activations.bits=1", "model.activations.bits: 1 is not a width from 2 to 8"),
-            ("--model.clipping.lr=0", "model.clipping.lr: 0.0 is not above 0"),
+            ("--model.clipping.lr=0", "model.clipping.lr: 0.0 is not a number above 0"),
             ("--model.transform.alpha=2", "model.transform.alpha: 2.0 is not within 0 and 1"),
             ("--model.path=nowhere", "model.path: there is no folder 'nowhere'"),
             ("--model.parameters=nowhere", "model.parameters: nowhere is not the folder of"),
@@ -249,3 +250,42 @@ def test_program_ends_with_a_message_and_a_code(tiny: Callable[..., Arguments]) 
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: model.activations.bits: 1 is not")
+
+
+class TestOtherSettings:
+    """What a run left is neither overwritten nor measured under settings that are not its own."""
+
+    @pytest.mark.parametrize("command", ["fit", "test"])
+    @pytest.mark.parametrize("change", ["--model.weights.bits=2", "--model.activations=null"])
+    def test_are_refused(
+        self, tiny: Callable[..., Arguments], capsys: pytest.CaptureFixture[str], command: str, change: str
+    ) -> None:
+        run(tiny())
+        before = Path("run/metrics.json").read_bytes()
+        with pytest.raises(ConfigurationError, match=r"run holds a run with another model\."):
+            run([command, *tiny(change)[1:]])
+        assert Path("run/metrics.json").read_bytes() == before
+
+    def test_the_same_settings_are_measured_again(self, tiny: Callable[..., Arguments]) -> None:
+        run(tiny())
+        before = json.loads(Path("run/metrics.json").read_text())
+        run(["test", *tiny()[1:]])
+        assert json.loads(Path("run/metrics.json").read_text()) == before
+
+
+def test_gradients_are_clipped_under_mixed_precision(tiny: Callable[..., Arguments]) -> None:
+    run(tiny("--trainer.max_epochs=1", "--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=1"))
+    assert json.loads(Path("run/metrics.json").read_text())["blocks"][0]["epochs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fit_on_the_device_agrees_with_the_host(tiny: Callable[..., Arguments], precision: str) -> None:
+    perplexities = []
+    for accelerator in ("cpu", "gpu"):
+        options = (f"--trainer.accelerator={accelerator}", "--trainer.max_epochs=2", f"--trainer.precision={precision}")
+        run(tiny(*options, f"--trainer.default_root_dir={accelerator}"))
+        perplexities.append(json.loads(Path(accelerator, "metrics.json").read_text())["perplexity"]["evaluation"])
+    host, device = perplexities
+    for variant, value in host.items():
+        assert device[variant] == pytest.approx(value, rel=0.05 if "bf16" in precision else 0.01)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.arch.llama import LLAMA
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.factors import BlockFactors
 from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec
 from omniquant_pl.transform import AttentionShape
@@ -89,3 +89,9 @@ def test_folding_keeps_norms_and_biases_and_codes_in_range(tensors: dict[str, Te
     for name, weight in folded.quantized.items():
         assert int(weight.codes.max()) <= 7, name
         assert weight.scale.shape == (weight.codes.shape[0], -(-weight.codes.shape[1] // 8))
+
+
+def test_a_scale_that_cannot_be_stored_names_its_linear(tensors: dict[str, Tensor]) -> None:
+    tensors["mlp.up_proj.weight"] *= 1e7
+    with pytest.raises(CalibrationError, match=r"mlp\.up_proj: .*float16"):
+        make(tensors).fold(tensors)

@@ -114,3 +114,16 @@ class TestOtherSettings:
     def test_nothing_to_protect(self, used: RunFolder) -> None:
         used.factor_file(0).unlink()
         used.refuse_other_settings(self.changed("model.path", "b"))
+
+
+def test_a_new_run_moves_what_the_last_one_left(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for content in (1.0, 2.0):
+        folder.start()
+        assert not folder.factor_file(0).exists()
+        folder.save_factors(0, {"scale": torch.tensor([content])})
+        folder.write_metrics({"model": str(content)})
+    assert folder.load_factors(0)["scale"].item() == 2.0
+    previous = RunFolder(folder.path / "previous")
+    assert previous.load_factors(0)["scale"].item() == 1.0
+    assert previous.read_metrics() == {"model": "1.0"}

@@ -1,7 +1,7 @@
 """Reading models block by block and writing files safely."""
 
 from omniquant_pl.checkpoint.files import write_json, write_tensors, write_text
-from omniquant_pl.checkpoint.locate import embedded_models, locate_model
+from omniquant_pl.checkpoint.locate import embedded_models, is_hub_id, locate_model
 from omniquant_pl.checkpoint.reader import Checkpoint
 from omniquant_pl.checkpoint.source import BlockCall, SourceModel
 
@@ -10,6 +10,7 @@ __all__ = [
     "Checkpoint",
     "SourceModel",
     "embedded_models",
+    "is_hub_id",
     "locate_model",
     "write_json",
     "write_tensors",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["embedded_models", "locate_model"]
+__all__ = ["embedded_models", "is_hub_id", "locate_model"]
 
 _EMBEDDED = Path(__file__).parent.parent / "models"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -31,14 +31,18 @@ def locate_model(path: str) -> Path:
         return folder
     if path in embedded_models():
         return _EMBEDDED / path
-    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
+    if not is_hub_id(path):
         known = ", ".join(embedded_models())
         raise ConfigurationError(
             "model.path",
             f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}",
         )
     return _download(path)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model path is ``owner/name`` on the hub, and no folder."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
 def _download(repository: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,8 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -29,11 +32,21 @@ class TensorInfo:
 
     Attributes:
         shape: Its shape.
-        element_bytes: Bytes of one value as it is stored.
+        dtype: Its dtype in safetensors' words, for example ``BF16``.
     """
 
     shape: tuple[int, ...]
-    element_bytes: int
+    dtype: str
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one value as it is stored."""
+        return _DTYPE_BYTES.get(self.dtype, 1)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floating-point values of 16 bit or more."""
+        return self.dtype in _FLOATS
 
     @property
     def elements(self) -> int:
@@ -120,11 +133,26 @@ class Checkpoint:
         for name in self.names():
             yield name, self.read((name,))[name]
 
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        infos: dict[str, TensorInfo] = {}
+        for file_name in sorted(set(self._file_of.values())):
+            with self._open(file_name) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    view = file.get_slice(name)
+                    infos[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype())
+        return infos
+
     def describe(self, name: str) -> TensorInfo:
-        """Returns shape and size of a tensor, without reading it."""
-        with self._open(self._file_of[name]) as file:
-            view = file.get_slice(name)
-            return TensorInfo(tuple(view.get_shape()), _DTYPE_BYTES.get(view.get_dtype(), 1))
+        """Returns shape and dtype of a tensor, without reading it.
+
+        Raises:
+            ConfigurationError: If the file that should hold it does not.
+        """
+        if name not in self._infos:
+            path = self.folder / self._file_of.get(name, _INDEX)
+            raise ConfigurationError("model.path", f"{path} has no tensor {name}")
+        return self._infos[name]
 
     def verify(self) -> None:
         """Reads everything once and refuses what no calibration can mend.
@@ -133,6 +161,6 @@ class Checkpoint:
             ConfigurationError: If a tensor has a value that is not finite; it names the tensor.
         """
         for name, tensor in self:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if self.describe(name).is_float and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise ConfigurationError("model.path", f"{self.folder}: {count} values of {name} are NaN or infinite")

@@ -92,9 +92,12 @@ class SourceModel:
         if not (self.folder / "config.json").is_file():
             raise ConfigurationError("model.path", f"{self.folder} has no config.json; it is not a model folder")
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
         except (ValueError, OSError) as error:
             raise ConfigurationError("model.path", f"{self.folder / 'config.json'}: {error}") from error
+        if getattr(config, "quantization_config", None):
+            raise ConfigurationError("model.path", f"{self.folder} is quantized already; give the original checkpoint")
+        return config
 
     def _build(self) -> PreTrainedModel:
         """Builds the model without storage, but for what is computed and never stored (rotary frequencies)."""
@@ -174,9 +177,12 @@ class SourceModel:
             for name, stored in self.stored_names(index).items():
                 if stored not in self.checkpoint:
                     raise ConfigurationError("model.path", f"{self.folder} has no tensor {stored}")
-                found = self.checkpoint.describe(stored).shape
-                if found != shapes[name]:
-                    raise ConfigurationError("model.path", f"{stored} has shape {found}, not {shapes[name]}")
+                found = self.checkpoint.describe(stored)
+                if found.shape != shapes[name]:
+                    raise ConfigurationError("model.path", f"{stored} has shape {found.shape}, not {shapes[name]}")
+                if not found.is_float:
+                    message = f"{stored} is stored as {found.dtype}; give the original checkpoint, in 16 bit or more"
+                    raise ConfigurationError("model.path", message)
         self.checkpoint.verify()
 
     @property

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.text import Perplexity
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
 from omniquant_pl.activations import map_batches
 from omniquant_pl.checkpoint import BlockCall, SourceModel
@@ -64,7 +65,9 @@ def perplexity(
         for index in range(len(source)):
             block = build(index, source.block_tensors(index), calls[index]).to(device)
             hidden = map_batches(lambda batch, block=block: block(batch).float(), hidden)  # type: ignore[misc]
-    metric = Perplexity().to(device).set_dtype(torch.float64)
+    mean = MeanMetric().set_dtype(torch.float64)
     for states, window in zip(hidden.split(1), tokens.to(device).split(1), strict=True):
-        metric.update(source.logits(states)[:, :-1].float(), window[:, 1:])
-    return float(metric.compute())
+        # Not torchmetrics' Perplexity: its softmax is zero, and its logarithm infinite, 104 below the highest logit.
+        loss = F.cross_entropy(source.logits(states)[0, :-1].float(), window[0, 1:], reduction="none")
+        mean.update(loss.cpu().double())
+    return float(mean.compute().exp())

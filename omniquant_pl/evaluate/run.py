@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,11 +13,9 @@ from torch import Tensor
 
 from omniquant_pl.evaluate.perplexity import BlockBuilder, original_blocks, perplexity
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run_folder import VARIANTS, RunFolder
 
 __all__ = ["VARIANTS", "Evaluation", "perplexity_table"]
-
-VARIANTS = ("full_precision", "round_to_nearest", "quantized")
 
 
 class Evaluation:
@@ -65,9 +64,16 @@ class Evaluation:
         return lambda index, tensors, call: model.folded(index, tensors, call, folder.load_factors(index))
 
 
-def perplexity_table(perplexities: Mapping[str, Mapping[str, float]]) -> Table:
+def perplexity_table(perplexities: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Returns a table with one evaluation set a row and one variant a column."""
     table = Table("perplexity", *(variant.replace("_", " ") for variant in VARIANTS))
     for name, values in perplexities.items():
-        table.add_row(name, *(f"{values[variant]:.3f}" if variant in values else "" for variant in VARIANTS))
+        table.add_row(name, *(_shown(values, variant) for variant in VARIANTS))
     return table
+
+
+def _shown(values: Mapping[str, float | None], variant: str) -> str:
+    if variant not in values:
+        return ""
+    value = values[variant]
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.3f}"

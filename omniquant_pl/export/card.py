@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from omniquant_pl.checkpoint import is_hub_id
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run_folder import VARIANTS, RunFolder
 
 __all__ = ["model_card"]
 
 _CARD = """---
-base_model: {base}
-library_name: transformers
+{base_model}library_name: transformers
 tags: [omniquant, quantized, {scheme}]
 ---
 # {base}, {scheme} by OmniQuant
@@ -42,14 +43,15 @@ def model_card(model: OmniQuantModel, folder: RunFolder, storage: str) -> str:
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.is_file() else {}
     learned = [name for name, spec in (("clipping", model.clipping), ("transform", model.transform)) if spec]
     return _CARD.format(
-        base=model.path,
+        base=_name(model.path),
+        base_model=f"base_model: {model.path}\n" if is_hub_id(model.path) else "",
         scheme=model.scheme.name,
         storage=storage,
         activations=_activations(model),
         learned="learned " + " and ".join(learned) if learned else "nothing learned",
         data=_data(config),
         perplexities=_perplexities(folder.read_metrics().get("perplexity", {})),
-        command="Reproduce with the run's configuration: `python train.py fit --config config.yaml`.",
+        command="The `config.yaml` of the run reproduces it: `python train.py fit --config config.yaml`.",
     )
 
 
@@ -67,14 +69,18 @@ def _data(config: Mapping[str, Any]) -> str:
     data = config.get("data")
     if not data:
         return "calibration data that was not recorded"
-    length = data["sequence_length"] or "the default number of"
-    return f"{data['samples']} samples of {length} tokens from {data['dataset']}, seed {config['seed_everything']}"
+    length = f" of {data['sequence_length']} tokens" if data["sequence_length"] else ""
+    return f"{data['samples']} samples{length} from {_name(data['dataset'])}, seed {config['seed_everything']}"
+
+
+def _name(path: str) -> str:
+    """A hub id or an embedded name as it is, of a local path its last part."""
+    return Path(path).name if Path(path).exists() else path
 
 
 def _perplexities(perplexities: Mapping[str, Mapping[str, float]]) -> str:
-    variants = ("full_precision", "round_to_nearest", "quantized")
     rows = (
-        f"| {name} | " + " | ".join(f"{values[v]:.4f}" if v in values else "" for v in variants) + " |"
+        f"| {name} | " + " | ".join(f"{values[v]:.4f}" if values.get(v) is not None else "" for v in VARIANTS) + " |"
         for name, values in perplexities.items()
     )
     return "\n".join(rows)

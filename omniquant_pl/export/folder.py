@@ -42,7 +42,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
         if target.exists():
             target.replace(previous)
-        filling.replace(target)
+        try:
+            filling.replace(target)
+        except OSError:
+            if previous.exists():
+                previous.replace(target)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(filling, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from omniquant_pl.spec import WeightSpec
 
 __all__ = [
+    "SMALLEST_SCALE",
     "QuantizedWeight",
     "code_limits",
     "from_rows",
@@ -25,6 +26,10 @@ __all__ = [
     "scale_and_zero_point",
     "to_rows",
 ]
+
+
+SMALLEST_SCALE = torch.finfo(torch.float16).tiny
+"""The smallest normal float16, which scales are stored in; learned and stored scales share it as their floor."""
 
 
 @dataclass(frozen=True)
@@ -89,27 +94,27 @@ def _round_straight_through(value: Tensor) -> Tensor:
 
 
 def scale_and_zero_point(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype = torch.float32
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the scale and the zero point of a range (METHOD: the range contains zero, rounding straight-through).
+    """Returns the scale and the zero point of a range that contains zero; rounding is straight-through.
 
-    The scale is rounded to ``scale_dtype`` first, and everything after is computed against that, so that what is
-    stored reproduces what was calibrated. It is never below the smallest normal number of that dtype.
+    With a ``scale_dtype`` the scale is rounded to it first, and the zero point is computed against that, so that what
+    is stored reproduces what was calibrated. The scale is never below :data:`SMALLEST_SCALE`.
 
     Args:
         low: Lowest values ``[rows, 1]``, at most 0.
         high: Highest values ``[rows, 1]``, at least 0.
         bits: Code width.
         symmetric: Signed codes and no zero point.
-        scale_dtype: The dtype that the scale will be stored in.
+        scale_dtype: The dtype that the scale will be stored in; ``None`` while learning.
 
     Returns:
         Scale and zero point ``[rows, 1]`` in the dtype of ``low``; the zero point is an integer value.
     """
     _, highest_code = code_limits(bits, symmetric)
-    scale = torch.maximum(-low, high) / highest_code if symmetric else (high - low) / highest_code
-    scale = scale.clamp(min=torch.finfo(scale_dtype).tiny)
-    if scale_dtype != torch.float32 and scale_dtype != scale.dtype:
+    extent = torch.maximum(-low, high) if symmetric else high - low
+    scale = (extent / highest_code).clamp(min=SMALLEST_SCALE)
+    if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(low.dtype)
     if symmetric:
         return scale, torch.zeros_like(scale)

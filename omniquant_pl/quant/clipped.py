@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omniquant_pl import ops
-from omniquant_pl.quant.affine import code_limits, scale_and_zero_point
+from omniquant_pl.quant.affine import SMALLEST_SCALE, code_limits, scale_and_zero_point
 
 __all__ = ["clipped_fake_quantize"]
 
@@ -53,13 +53,13 @@ class _ClippedFakeQuantize(torch.autograd.Function):
             grad.contiguous(), rows, scale, zero_point, *limits
         )
         clipped_low = low * beta
-        not_floored = scale > torch.finfo(torch.float32).tiny
+        not_floored = scale > SMALLEST_SCALE
         if ctx.symmetric:
             grad_end = torch.where(not_floored, grad_scale / limits[1], 0.0)
             from_high = high * gamma >= -clipped_low
             grad_high, grad_low = torch.where(from_high, grad_end, 0.0), torch.where(from_high, 0.0, -grad_end)
         else:
-            through_scale = grad_scale + grad_zero * clipped_low / scale.square()
+            through_scale = grad_scale + (grad_zero / scale) * (clipped_low / scale)
             grad_high = torch.where(not_floored, through_scale / limits[1], 0.0)
             grad_low = -grad_zero / scale - grad_high
         if low_at is not None and ctx.needs_input_grad[0]:

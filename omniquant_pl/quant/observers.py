@@ -25,11 +25,6 @@ class ChannelRange:
         """Largest absolute value of every channel."""
         return torch.maximum(self.high, -self.low)
 
-    @property
-    def center(self) -> Tensor:
-        """Middle of the range of every channel."""
-        return (self.high + self.low) / 2
-
     @staticmethod
     def of(values: Tensor) -> ChannelRange:
         """Returns the range of ``[..., channels]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,3 +176,23 @@ class TestRefused:
         if changed is not None:
             tensors[name] = changed
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_checkpoint_that_is_quantized_already_is_refused(make_llama: Callable[..., Path]) -> None:
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match="is quantized already"):
+        SourceModel(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_are_not_taken_for_weights(make_llama: Callable[..., Path], dtype: torch.dtype) -> None:
+    folder = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigurationError, match=rf"{name} is stored as (I8|F8)"):
+        SourceModel(folder).verify()

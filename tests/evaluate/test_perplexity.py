@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -163,3 +165,19 @@ class TestRoundToNearest:
             perplexity(model.source, model.round_to_nearest, tokens, CPU) for model in (with_clipping, without)
         )
         assert first == second
+
+
+def test_a_token_far_below_the_best_is_finite(make_llama: Callable[..., Path], tokens: Tensor) -> None:
+    """A softmax in float32 is zero 104 below the largest logit; the logarithm must not go through it."""
+    folder = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] *= 60
+    save_file(tensors, folder / "model.safetensors")
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits.double()[:, :-1]
+    expected = float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).exp())
+    gap = logits.amax(-1) - logits.gather(-1, tokens[:, 1:, None])[..., 0]
+    assert float(gap.max()) > 104
+    source = SourceModel(folder)
+    found = perplexity(source, original_blocks(source), tokens, torch.device("cpu"))
+    assert found == pytest.approx(expected, rel=1e-4)

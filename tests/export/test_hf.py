@@ -264,7 +264,9 @@ class TestCard:
         values = {"full_precision": 5.0, "round_to_nearest": 7.25, "quantized": 6.5}
         run.write_metrics({"perplexity": {"wikitext2": values}})
         card = self.card(model, run, tmp_path / "out")
-        assert card.startswith("---\nbase_model: ")
+        assert "base_model" not in card  # of a local folder only the name is told
+        assert str(model.source.folder.parent) not in card
+        assert f"# {model.source.folder.name}, w3a16g16" in card
         assert "w3a16g16" in card
         assert "| wikitext2 | 5.0000 | 7.2500 | 6.5000 |" in card
         assert "learned clipping and transform" in card

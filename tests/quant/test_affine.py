@@ -120,9 +120,10 @@ def test_a_ragged_group_is_padded_without_changing_its_range() -> None:
     assert high.flatten().tolist() == [3.0] * 4
 
 
-def test_a_zero_group_has_a_normal_scale() -> None:
+@pytest.mark.parametrize("scale_dtype", [None, torch.float16])
+def test_a_zero_group_has_a_normal_scale_while_learning_and_stored(scale_dtype: torch.dtype | None) -> None:
     zeros = torch.zeros(1, 1)
-    scale, zero_point = scale_and_zero_point(zeros, zeros, 4, False, torch.float16)
+    scale, zero_point = scale_and_zero_point(zeros, zeros, 4, False, scale_dtype)
     assert float(scale) == pytest.approx(torch.finfo(torch.float16).tiny)
     assert float(zero_point) == 0.0
 

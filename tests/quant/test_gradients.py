@@ -98,3 +98,14 @@ def test_dynamic_quantization_keeps_shape_and_dtype(dtype: torch.dtype) -> None:
     assert result.dtype == dtype
     levels = {len(row.unique()) for row in dynamic_fake_quantize(random(30, 100), 2)}
     assert max(levels) <= 4
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-24, 1e-6])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_tiny_weights_have_finite_gradients(magnitude: float, symmetric: bool) -> None:
+    quantizer = WeightQuantizer(WeightSpec(4, None, symmetric), (3, 8), ClippingSpec())
+    weight = (magnitude * random(3, 8).float()).requires_grad_()
+    quantizer(weight).sum().backward()
+    for tensor in (weight, *quantizer.parameters()):
+        assert tensor.grad is not None
+        assert bool(torch.isfinite(tensor.grad).all())
