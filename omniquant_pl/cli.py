@@ -12,6 +12,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from safetensors import SafetensorError
 from typing_extensions import override
 
 from omniquant_pl.callbacks import (
@@ -180,6 +181,9 @@ def main() -> None:
     except MisconfigurationException as error:
         sys.stderr.write(f"error: trainer: {error}\n")
         sys.exit(2)
+    except (OSError, SafetensorError) as error:  # a full disk, a missing permission; finished files are whole
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
     except (ValueError, CalibrationError) as error:
         refusal = _refusal_in(error)
         if refusal is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from omniquant_pl.cli import find_config, main, run
@@ -271,6 +274,34 @@ class TestOtherSettings:
         before = json.loads(Path("run/metrics.json").read_text())
         run(["test", *tiny()[1:]])
         assert json.loads(Path("run/metrics.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_keeps_what_is_finished(
+    tiny: Callable[..., Arguments],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: Exception,
+) -> None:
+    written = []
+
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if written:
+            Path(path).write_bytes(b"the part that still had room")
+            raise failure
+        written.append(path)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("omniquant_pl.checkpoint.files.save_file", save)
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert re.fullmatch(r"error: .*No space left on device\n", capsys.readouterr().err)
+    assert [path.name for path in Path("run/blocks").iterdir()] == ["00000.safetensors"]
+    assert load_file("run/blocks/00000.safetensors")
 
 
 def test_gradients_are_clipped_under_mixed_precision(tiny: Callable[..., Arguments]) -> None:
