@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -38,6 +38,7 @@ class NumericsGuard(CalibrationCallback):
         self.retries = retries
         self._failures = 0
         self._good: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self._parameters: dict[str, nn.Parameter] = {}
         self._names: list[str] = []
         self._first_bad: Tensor | None = None
         self._step = 0
@@ -49,12 +50,13 @@ class NumericsGuard(CalibrationCallback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict()))
+        self._parameters = dict(pl_module.named_parameters())
         self._first_bad = None
         self._step = 0
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         bad = ~torch.isfinite(torch.stack(torch._foreach_norm(list(gradients.values()))))
         if self._first_bad is None:
             self._names = list(gradients)

@@ -38,7 +38,6 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
     "use_distributed_sampler": False,
     "devices": 1,
 }
@@ -169,6 +168,7 @@ def quieten() -> None:
         ".*in eval mode at the start of training.*",
         ".*Experiment logs directory.*",
         ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",  # losses are logged once an epoch
     ):
         warnings.filterwarnings("ignore", message=message)
 

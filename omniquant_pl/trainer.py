@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,7 @@ class SequentialTrainer(Trainer):
         options["default_root_dir"] = str(root)
         if logger is None or logger is True:
             logger = CSVLogger(root, name="logs", version="")
-        if options.get("max_time") is not None:
-            raise ConfigurationError("trainer.max_time", "time is not counted across blocks; use trainer.max_epochs")
-        if options.get("fast_dev_run"):
-            raise ConfigurationError("trainer.fast_dev_run", "use data.samples and trainer.max_epochs for a short run")
-        if max_epochs < 0:
-            raise ConfigurationError("trainer.max_epochs", f"{max_epochs} is below 0")
-        if root.exists() and not root.is_dir():
-            raise ConfigurationError("trainer.default_root_dir", f"{root} is not a folder")
-        _refuse_precision(options.get("precision"))
+        _refuse_options(max_epochs, root, options)
         try:
             super().__init__(logger=logger, max_epochs=max_epochs, **options)
         except (MisconfigurationException, ValueError) as error:
@@ -203,6 +196,19 @@ class SequentialTrainer(Trainer):
         self.run_folder.write_metrics(metrics | {"perplexity": metrics.get("perplexity", {}) | perplexities})
         Console().print(perplexity_table(perplexities))
         return perplexities
+
+
+def _refuse_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> None:
+    """Refuses what makes no sense block by block, before Lightning looks at it."""
+    if options.get("max_time") is not None:
+        raise ConfigurationError("trainer.max_time", "time is not counted across blocks; use trainer.max_epochs")
+    if options.get("fast_dev_run"):
+        raise ConfigurationError("trainer.fast_dev_run", "use data.samples and trainer.max_epochs for a short run")
+    if max_epochs < 0:
+        raise ConfigurationError("trainer.max_epochs", f"{max_epochs} is below 0")
+    if root.exists() and not root.is_dir():
+        raise ConfigurationError("trainer.default_root_dir", f"{root} is not a folder")
+    _refuse_precision(options.get("precision"))
 
 
 def _refuse_precision(precision: str | int | None) -> None:
