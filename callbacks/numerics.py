@@ -66,8 +66,10 @@ class NumericsGuard(CalibrationCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = [] if self._first_bad is None else self._first_bad.tolist()
-        bad = [(step, name) for step, name in zip(steps, self._names, strict=self._first_bad is not None) if step >= 0]
+        if self._first_bad is None:
+            return
+        steps: list[int] = self._first_bad.tolist()
+        bad = [(step, name) for step, name in zip(steps, self._names, strict=True) if step >= 0]
         if not bad:
             return
         assert isinstance(pl_module, BlockModule)

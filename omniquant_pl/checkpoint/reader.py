@@ -147,10 +147,10 @@ class Checkpoint:
         """Returns shape and dtype of a tensor, without reading it.
 
         Raises:
-            ConfigurationError: If the file that should hold it does not.
+            ConfigurationError: If the checkpoint, or the file that should hold it, has no such tensor.
         """
         if name not in self._infos:
-            path = self.folder / self._file_of.get(name, _INDEX)
+            path = self.folder / self._file_of.get(name, "")
             raise ConfigurationError("model.path", f"{path} has no tensor {name}")
         return self._infos[name]
 

@@ -175,8 +175,6 @@ class SourceModel:
         shapes = self.block_shapes
         for index in range(len(self)):
             for name, stored in self.stored_names(index).items():
-                if stored not in self.checkpoint:
-                    raise ConfigurationError("model.path", f"{self.folder} has no tensor {stored}")
                 found = self.checkpoint.describe(stored)
                 if found.shape != shapes[name]:
                     raise ConfigurationError("model.path", f"{stored} has shape {found.shape}, not {shapes[name]}")
