@@ -34,7 +34,7 @@ def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, 
     tokens = torch.randint(0, source.config.vocab_size, (SAMPLES, length), generator=torch.Generator().manual_seed(0))
     hidden, call, tensors = source.embed(tokens), source.calls(length)[0], source.block_tensors(0)
     original = source.make_block(0, tensors)
-    with torch.no_grad(), observe_inputs(original, source.layout.linears) as inputs:
+    with torch.no_grad(), observe_inputs(original, source.layouts[0].linears) as inputs:
         target = call(original, hidden)
     return model.block(0, tensors, call, inputs), (hidden, target)
 

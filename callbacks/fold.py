@@ -5,8 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from omniquant_pl.block import BlockModule
 from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["FoldCallback"]
@@ -16,7 +16,7 @@ class FoldCallback(CalibrationCallback):
     """Puts the final weights into a block and writes ``blocks/<index>.safetensors``."""
 
     @override
-    def on_block_trained(self, trainer: Trainer, block: BlockModule) -> None:
+    def on_block_trained(self, trainer: Trainer, block: QuantizedBlock) -> None:
         assert isinstance(trainer, SequentialTrainer)
         if block.is_folded:
             return

@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from omniquant_pl import __version__
-from omniquant_pl.block import BlockModule
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.storage import bits_per_weight, stored_bits
+from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["MetricsCallback"]
@@ -46,7 +46,7 @@ class MetricsCallback(CalibrationCallback):
             "blocks": [],
             "seconds": {"total": 0.0, "calibration": 0.0, "evaluation": 0.0},
             "peak_memory_bytes": {},
-            "bits_per_weight": bits_per_weight(model.scheme.weights, model.linear_shapes),
+            "bits_per_weight": bits_per_weight(model.quantized_weights.values()),
             "size_bytes": _sizes(model),
             "versions": _versions(),
         }
@@ -60,7 +60,7 @@ class MetricsCallback(CalibrationCallback):
         self._write(trainer)
 
     @override
-    def on_block_end(self, trainer: Trainer, block: BlockModule, result: BlockResult) -> None:
+    def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
         self.metrics["blocks"].append(asdict(result))
         self.metrics["seconds"]["calibration"] = time.perf_counter() - self._calibration_started
         self._write(trainer)
@@ -88,15 +88,13 @@ class MetricsCallback(CalibrationCallback):
 
 def _sizes(model: OmniQuantModel) -> dict[str, int]:
     """Bytes of the checkpoint as it is, and with packed codes, scales and zero points for the quantized weights."""
-    checkpoint, layout = model.source.checkpoint, model.source.layout
-    stored_names = (model.source.stored_names(index) for index in range(len(model.source)))
-    linears = {names[f"{linear}.weight"] for names in stored_names for linear in layout.linears}
+    checkpoint, weights = model.source.checkpoint, model.quantized_weights
     full = quantized = 0
     for name in checkpoint.names():
         info = checkpoint.describe(name)
         size = info.elements * info.element_bytes
         full += size
-        quantized += -(-stored_bits(model.scheme.weights, info.shape) // 8) if name in linears else size
+        quantized += -(-stored_bits(*weights[name]) // 8) if name in weights else size
     return {"full_precision": full, "quantized": quantized}
 
 

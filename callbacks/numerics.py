@@ -37,19 +37,20 @@ class NumericsGuard(CalibrationCallback):
             raise ConfigurationError("numerics.retries", f"{retries} is below 0")
         self.retries = retries
         self._failures = 0
-        self._good: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self._good: tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]] = ({}, {}, [])
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: list[str] = []
         self._first_bad: Tensor | None = None
         self._step = 0
 
     @override
-    def on_block_start(self, trainer: Trainer, block: BlockModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._failures = 0
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict()))
+        schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict(), schedules))
         self._parameters = dict(pl_module.named_parameters())
         self._first_bad = None
         self._step = 0
@@ -85,12 +86,16 @@ class NumericsGuard(CalibrationCallback):
         _log.warning("%s is not finite; the epoch is repeated at half the learning rate", where)
 
     def _take_back(self, trainer: Trainer, block: BlockModule) -> None:
-        factors, optimizer_state = self._good
+        factors, optimizer_state, schedules = self._good
         block.load_state_dict(factors)
         block.forget_epoch()
         rates = [group["lr"] / 2 for group in trainer.optimizers[0].param_groups]
         trainer.optimizers[0].load_state_dict(optimizer_state)
         for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
             group["lr"] = rate
+        for config, state in zip(trainer.lr_scheduler_configs, schedules, strict=True):
+            bases = [rate / 2 for rate in config.scheduler.base_lrs]
+            config.scheduler.load_state_dict(state)
+            config.scheduler.base_lrs = bases
         assert trainer.fit_loop.max_epochs is not None
         trainer.fit_loop.max_epochs += 1

@@ -19,6 +19,7 @@ from omniquant_pl.evaluate import perplexity_table
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["ProgressCallback"]
@@ -77,7 +78,7 @@ class ProgressCallback(CalibrationCallback):
         self._progress.advance(self._epochs, float(trainer.num_training_batches))
 
     @override
-    def on_block_end(self, trainer: Trainer, block: BlockModule, result: BlockResult) -> None:
+    def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
         self._progress.update(self._blocks, advance=1, detail=_memory(trainer))
         self.console.print(
             f"block {result.index}: error {result.relative_error:.2e} of the output's power, "

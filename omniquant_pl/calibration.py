@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +16,11 @@ from torch import Tensor
 
 from omniquant_pl.activations import BatchOrder, StreamBatches, Streams, map_batches
 from omniquant_pl.block import BlockModule
-from omniquant_pl.checkpoint import BlockCall
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.hooks import BlockResult
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange, observe_inputs
+from omniquant_pl.quantized_block import QuantizedBlock
 
 __all__ = ["Calibration", "Engine"]
 
@@ -79,66 +82,104 @@ class Calibration:
         self._streams = Streams(map_batches(self._source.embed, tokens))
 
     def run(self) -> None:
-        """Calibrates every block."""
-        for index in range(len(self._source)):
-            self._calibrate(index)
+        """Calibrates every block: windows of them learn together, and each advance folds those left behind."""
+        window, last = self._model.window, len(self._source)
+        pending: deque[_Pending] = deque()
+        targets = self._streams.full_precision
+        entered = 0
+        while entered < last or pending:
+            while entered < last and len(pending) < window.blocks:
+                pending.append(self._enter(entered, targets))
+                targets = pending[-1].target
+                entered += 1
+            self._learn(list(pending))
+            for _ in range(window.stride if entered < last else len(pending)):
+                self._advance(pending.popleft())
 
-    def _calibrate(self, index: int) -> None:
+    def _enter(self, index: int, hidden: Tensor) -> _Pending:
+        """Prepares a block for learning, and computes its full-precision output for its full-precision input."""
         started = time.perf_counter()
-        engine, hidden = self._engine, self._streams.quantized
         tensors = self._source.block_tensors(index)
-        targets, inputs = self._targets(index, tensors)
-        block = self._model.block(index, tensors, self._calls[index], inputs).to(engine.device)
-        loss_initial = _mean_squared_error(engine.map(block, hidden), targets[0])
-        engine.announce("on_block_start", block)
-        engine.fit_block(block, StreamBatches((hidden, *targets), self._batch_size, self._order))
+        original = self._source.make_block(index, tensors).to(self._engine.device)
+        call = self._calls[index]
+        with observe_inputs(original, self._source.layouts[index].linears) as inputs:
+            target = self._engine.map(lambda batch: call(original, batch), hidden)
+        ranges = {name: ChannelRange(found.low.cpu(), found.high.cpu()) for name, found in inputs.items()}
+        block = self._model.block(index, tensors, call, ranges).to(self._engine.device)
+        self._engine.announce("on_block_start", block)
+        return _Pending(block, tensors, target, seconds=time.perf_counter() - started)
+
+    def _learn(self, window: Sequence[_Pending]) -> None:
+        """Lets a window of blocks learn on the quantized stream in front of it; its time counts for the first."""
+        started = time.perf_counter()
+        hidden = self._streams.quantized
+        self._measure_initial_losses(window)
+        targets = [window[-1].target]
+        if self._model.aug_loss:
+            targets.append(self._augmented_target(window))
+        module = BlockModule([entry.block for entry in window], self._model.learning)
+        self._engine.fit_block(module, StreamBatches((hidden, *targets), self._batch_size, self._order))
+        for entry in window:
+            entry.epochs += len(module.epoch_losses)
+        window[0].seconds += time.perf_counter() - started
+
+    def _measure_initial_losses(self, window: Sequence[_Pending]) -> None:
+        """Measures the blocks that have not learned yet, behind those in front of them."""
+        hidden = self._streams.quantized
+        for position, entry in enumerate(window):
+            if not any(math.isnan(later.loss_initial) for later in window[position:]):
+                return
+            hidden = self._engine.map(entry.block, hidden)
+            if math.isnan(entry.loss_initial):
+                entry.loss_initial = _mean_squared_error(hidden, entry.target)
+
+    def _augmented_target(self, window: Sequence[_Pending]) -> Tensor:
+        """The original blocks' output for the quantized stream."""
+        if self._streams.are_equal:
+            return window[-1].target
+        hidden = self._streams.quantized
+        for entry in window:
+            original = self._source.make_block(entry.block.index, entry.tensors).to(self._engine.device)
+            hidden = self._engine.map(partial(entry.block.call, original), hidden)
+        return hidden
+
+    def _advance(self, entry: _Pending) -> None:
+        """Lets a block be folded, measures it and moves both streams behind it."""
+        started = time.perf_counter()
+        engine, block, hidden = self._engine, entry.block, self._streams.quantized
         engine.announce("on_block_trained", block)
         if not block.is_folded:
             raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
         output = engine.map(block.to(engine.device), hidden)
-        result = self._result(block, output, targets[0], tensors, loss_initial, started)
-        self._streams.advance(targets[0], output)
-        engine.announce("on_block_end", block, result)
-
-    def _targets(self, index: int, tensors: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, ChannelRange]]:
-        """Returns the targets and the full-precision input ranges of the block's linears."""
-        call, streams = self._calls[index], self._streams
-        block = self._source.make_block(index, tensors).to(self._engine.device)
-        with observe_inputs(block, self._source.layout.linears) as inputs:
-            target = self._engine.map(lambda hidden: call(block, hidden), streams.full_precision)
-        ranges = {name: ChannelRange(found.low.cpu(), found.high.cpu()) for name, found in inputs.items()}
-        if not self._model.aug_loss:
-            return (target,), ranges
-        if streams.are_equal:
-            return (target, target), ranges
-        return (
-            target,
-            self._engine.map(lambda hidden: call(block, hidden), streams.quantized),
-        ), ranges
-
-    def _result(
-        self,
-        block: BlockModule,
-        output: Tensor,
-        target: Tensor,
-        tensors: dict[str, Tensor],
-        loss_initial: float,
-        started: float,
-    ) -> BlockResult:
-        call: BlockCall = self._calls[block.index]
-        nearest = self._model.round_to_nearest(block.index, tensors, call).to(self._engine.device)
-        power = _mean_square(target)
-        loss = _mean_squared_error(output, target)
-        nearest_loss = _mean_squared_error(self._engine.map(nearest, self._streams.quantized), target)
-        return BlockResult(
+        nearest = self._model.round_to_nearest(block.index, entry.tensors, block.call).to(engine.device)
+        power = _mean_square(entry.target)
+        loss = _mean_squared_error(output, entry.target)
+        nearest_loss = _mean_squared_error(engine.map(nearest, hidden), entry.target)
+        self._streams.advance(entry.target, output)
+        result = BlockResult(
             index=block.index,
-            loss_initial=loss_initial,
+            loss_initial=entry.loss_initial,
             loss_final=loss,
             relative_error_rtn=nearest_loss / power,
             relative_error=loss / power,
-            seconds=time.perf_counter() - started,
-            epochs=len(block.epoch_losses),
+            seconds=entry.seconds + time.perf_counter() - started,
+            epochs=entry.epochs,
         )
+        engine.announce("on_block_end", block, result)
+
+
+@dataclass
+class _Pending:
+    """A block between its preparation and its folding."""
+
+    block: QuantizedBlock
+    tensors: dict[str, Tensor]
+    """Its original tensors."""
+    target: Tensor
+    """Its full-precision output ``[samples, tokens, channels]``."""
+    seconds: float
+    loss_initial: float = math.nan
+    epochs: int = 0
 
 
 def _mean_square(values: Tensor) -> float:

@@ -16,6 +16,8 @@ from omniquant_pl.transform import AttentionShape, Pair
 
 __all__ = ["BlockFactors", "FoldedBlock"]
 
+_CODES = ".codes"
+
 
 @dataclass(frozen=True)
 class FoldedBlock:
@@ -40,6 +42,10 @@ class BlockFactors(nn.Module):
         attention: The heads.
         clipping: Learnable clipping; ``None`` for full ranges.
         transform: Learnable equivalent transformation; ``None`` for none.
+        shift: Whether the transformation shifts where it can.
+
+    Attributes:
+        codes: Codes of linears ``[out, in]`` that are not the nearest ones.
     """
 
     def __init__(
@@ -50,15 +56,18 @@ class BlockFactors(nn.Module):
         attention: AttentionShape,
         clipping: ClippingSpec | None = None,
         transform: TransformSpec | None = None,
+        shift: bool = False,
     ) -> None:
         super().__init__()
         self._transform = transform
         pairs = () if transform is None else layout.pairs + (layout.mlp_pairs if transform.mlp else ())
-        self.pairs = nn.ModuleDict({_key(pair.name): pair.build(tensors, attention) for pair in pairs})
+        self.pairs = nn.ModuleDict({_key(pair.name): pair.build(tensors, attention, shift) for pair in pairs})
         self.quantizers = nn.ModuleDict()
         for name in layout.linears:
             out_features, in_features = tensors[f"{name}.weight"].shape
-            self.quantizers[_key(name)] = WeightQuantizer(weights, (out_features, in_features), clipping)
+            spec = weights.of_linear(name)
+            self.quantizers[_key(name)] = WeightQuantizer(spec, (out_features, in_features), clipping)
+        self.codes: dict[str, Tensor] = {}
         self._constant_ranges: dict[str, RowRange] = {}
 
     def named_pairs(self) -> Iterator[tuple[str, Pair]]:
@@ -126,18 +135,23 @@ class BlockFactors(nn.Module):
         result = self.transformed(tensors)
         quantized: dict[str, QuantizedWeight] = {}
         for name, quantizer in self.named_quantizers():
-            quantized[name] = quantizer.quantize(result[f"{name}.weight"], scale_dtype)
+            quantized[name] = quantizer.quantize(result[f"{name}.weight"], scale_dtype, self.codes.get(name))
             if not bool(torch.isfinite(quantized[name].scale).all()):
                 raise CalibrationError(f"{name}: its weights need scales beyond what {scale_dtype} can hold")
             result[f"{name}.weight"] = quantized[name].dequantize()
         return FoldedBlock(result, quantized)
 
     def export(self) -> dict[str, Tensor]:
-        """Returns the factors under the names they have in files: ``<linear>.clip.upper``, ``<pair>.scale``."""
-        return {name: parameter.detach() for name, parameter in self._named_factors()}
+        """Returns the factors under the names they have in files.
+
+        They are ``<linear>.clip.upper``, ``<pair>.scale`` and so on, and ``<linear>.codes`` where not the nearest
+        codes were chosen.
+        """
+        factors = {name: owner.get_parameter(leaf).detach() for name, (owner, leaf) in self._factors().items()}
+        return factors | {f"{name}{_CODES}": codes for name, codes in self.codes.items()}
 
     def load(self, factors: Mapping[str, Tensor], origin: str) -> None:
-        """Sets the factors from a file's.
+        """Sets the factors, and the codes if there are any, from a file's.
 
         Args:
             factors: As :meth:`export` returns them.
@@ -146,21 +160,34 @@ class BlockFactors(nn.Module):
         Raises:
             ConfigurationError: If names or shapes are not those of this block and these settings.
         """
-        own = dict(self._named_factors())
-        differing = sorted(set(own) ^ set(factors)) or [n for n in own if own[n].shape != factors[n].shape]
+        own = self._factors()
+        codes = {name.removesuffix(_CODES): factors[name] for name in factors if name.endswith(_CODES)}
+        shapes = {name: quantizer.shape for name, quantizer in self.named_quantizers()}
+        learned = {name: factor for name, factor in factors.items() if not name.endswith(_CODES)}
+        differing = sorted(set(own) ^ set(learned))
+        differing += [
+            name for name, (owner, leaf) in own.items() if name in learned and not _fits(owner, leaf, learned[name])
+        ]
+        differing += [f"{name}{_CODES}" for name in codes if tuple(codes[name].shape) != shapes.get(name)]
         if differing:
             raise ConfigurationError(
-                "model.parameters", f"{origin} does not fit these settings: {differing[0]} differs"
+                "model.parameters", f"{origin} does not fit these settings: {min(differing)} differs"
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(factors[name])
+        for name, (owner, leaf) in own.items():
+            setattr(owner, leaf, nn.Parameter(learned[name].detach().to(owner.get_parameter(leaf), copy=True)))
+        self.codes = codes
 
-    def _named_factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for linear, quantizer in self.named_quantizers():
-            yield from ((f"{linear}.clip.{name}", parameter) for name, parameter in quantizer.named_parameters())
-        for pair_name, pair in self.named_pairs():
-            yield from ((f"{pair_name}.{name}", parameter) for name, parameter in pair.named_parameters())
+    def _factors(self) -> dict[str, tuple[nn.Module, str]]:
+        """Returns the module and the name inside it of every learned factor, by its name in files."""
+        owners: list[tuple[str, nn.Module]] = [(f"{name}.clip", found) for name, found in self.named_quantizers()]
+        owners += self.named_pairs()
+        return {f"{name}.{leaf}": (owner, leaf) for name, owner in owners for leaf, _ in owner.named_parameters()}
+
+
+def _fits(owner: nn.Module, leaf: str, factor: Tensor) -> bool:
+    """Whether a factor has the shape of a parameter, or one that its pair takes as well."""
+    other = owner.other_shapes if isinstance(owner, Pair) else ()
+    return factor.shape in (owner.get_parameter(leaf).shape, *other)
 
 
 def _key(name: str) -> str:

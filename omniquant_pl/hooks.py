@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, Trainer
 
 if TYPE_CHECKING:
-    from omniquant_pl.block import BlockModule
     from omniquant_pl.model import OmniQuantModel
+    from omniquant_pl.quantized_block import QuantizedBlock
 
 __all__ = ["BlockResult", "CalibrationCallback"]
 
@@ -52,13 +52,13 @@ class CalibrationCallback(Callback):
     def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
         """The perplexity of a variant of the model is about to be measured."""
 
-    def on_block_start(self, trainer: Trainer, block: BlockModule) -> None:
+    def on_block_start(self, trainer: Trainer, block: QuantizedBlock) -> None:
         """A block's factors are initialised; Lightning's fit hooks come next."""
 
-    def on_block_trained(self, trainer: Trainer, block: BlockModule) -> None:
+    def on_block_trained(self, trainer: Trainer, block: QuantizedBlock) -> None:
         """A block has learned; whoever folds it does so here."""
 
-    def on_block_end(self, trainer: Trainer, block: BlockModule, result: BlockResult) -> None:
+    def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
         """A block is folded and measured, and both streams are behind it."""
 
     def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:

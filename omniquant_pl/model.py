@@ -9,20 +9,29 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from omniquant_pl.block import BlockModule, LearningRates
 from omniquant_pl.checkpoint import BlockCall, SourceModel, locate_model
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.factors import BlockFactors
 from omniquant_pl.nn import prepare_block
 from omniquant_pl.quant import ChannelRange
+from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, ClippingSpec, Scheme, TransformSpec, WeightSpec
+from omniquant_pl.spec import (
+    ActivationSpec,
+    ClippingSpec,
+    LearningSpec,
+    ScheduleSpec,
+    Scheme,
+    TransformSpec,
+    WeightSpec,
+    WindowSpec,
+)
 
 __all__ = ["OmniQuantModel"]
 
 
 class OmniQuantModel(LightningModule):
-    """What to quantize and how. It has no parameters itself; every block becomes a :class:`BlockModule`.
+    """What to quantize and how. It has no parameters itself; every block becomes a :class:`QuantizedBlock`.
 
     Args:
         path: Name of an embedded checkpoint (tiny-llama), a local model folder, or a hub id owner/name.
@@ -31,6 +40,9 @@ class OmniQuantModel(LightningModule):
         clipping: Learnable weight clipping; null turns it off.
         transform: Learnable equivalent transformation; null turns it off.
         aug_loss: Add the error against the full-precision block's output for the quantized stream's input.
+        window: Consecutive blocks that learn together.
+        schedule: How the learning rates change over the steps of a block.
+        weight_decay: AdamW weight decay of all factors.
         parameters: Run folder whose learned factors are the starting point; null starts from the calibration set.
         trust_remote_code: Let Python code that comes with the checkpoint run.
     """
@@ -43,6 +55,9 @@ class OmniQuantModel(LightningModule):
         clipping: ClippingSpec | None = ClippingSpec(),  # noqa: B008 (frozen)
         transform: TransformSpec | None = None,
         aug_loss: bool = False,
+        window: WindowSpec = WindowSpec(),  # noqa: B008 (frozen)
+        schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
+        weight_decay: float = 0.0,
         parameters: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -52,6 +67,15 @@ class OmniQuantModel(LightningModule):
         self.clipping = clipping
         self.transform = transform
         self.aug_loss = aug_loss
+        self.window = window
+        if weight_decay < 0:
+            raise ConfigurationError("model.weight_decay", f"{weight_decay} is below 0")
+        self.learning = LearningSpec(
+            clipping=0.0 if clipping is None else clipping.lr,
+            transform=0.0 if transform is None else transform.lr,
+            weight_decay=weight_decay,
+            schedule=schedule,
+        )
         self._start = parameters
         self._trust_remote_code = trust_remote_code
 
@@ -90,17 +114,27 @@ class OmniQuantModel(LightningModule):
             ConfigurationError: If the model or the factors to start from cannot be used.
         """
         self.source.verify()
+        kinds = {name.rpartition(".")[2] for layout in self.source.layouts for name in layout.linears}
+        for kind in self.scheme.weights.bits_of:
+            if kind not in kinds:
+                known = ", ".join(sorted(kinds))
+                raise ConfigurationError(f"model.weights.bits_of.{kind}", f"this model's linears are: {known}")
         if self.initial_factors is not None:
-            factors = self._factors(self.source.block_tensors(0), learned=True)
             for index in range(len(self.source)):
+                factors = self._factors(index, self.source.block_tensors(index), learned=True)
                 path = self.initial_factors.factor_file(index)
                 factors.load(self.initial_factors.load_factors(index, "model.parameters"), str(path))
 
     @property
-    def linear_shapes(self) -> list[tuple[int, ...]]:
-        """``(out, in)`` of every quantized linear of the model."""
-        shapes = self.source.block_shapes
-        return [shapes[f"{name}.weight"] for name in self.source.layout.linears] * len(self.source)
+    def quantized_weights(self) -> dict[str, tuple[WeightSpec, tuple[int, ...]]]:
+        """Specification and shape ``(out, in)`` of every quantized weight, by its name in the checkpoint."""
+        found = {}
+        for index, layout in enumerate(self.source.layouts):
+            shapes, stored = self.source.block_shapes(index), self.source.stored_names(index)
+            for name in layout.linears:
+                weight = f"{name}.weight"
+                found[stored[weight]] = (self.scheme.weights.of_linear(name), shapes[weight])
+        return found
 
     def block(
         self,
@@ -108,7 +142,7 @@ class OmniQuantModel(LightningModule):
         tensors: Mapping[str, Tensor],
         call: BlockCall,
         inputs: Mapping[str, ChannelRange],
-    ) -> BlockModule:
+    ) -> QuantizedBlock:
         """Returns a block ready to learn.
 
         Args:
@@ -117,7 +151,7 @@ class OmniQuantModel(LightningModule):
             call: How the model calls it.
             inputs: Input ranges of its linears in full precision.
         """
-        block = self._block(index, tensors, call, self._factors(tensors, learned=True))
+        block = self._block(index, tensors, call, self._factors(index, tensors, learned=True))
         if self.initial_factors is None:
             block.factors.initialize(tensors, inputs)
         else:
@@ -125,9 +159,9 @@ class OmniQuantModel(LightningModule):
             block.factors.load(factors, str(self.initial_factors.factor_file(index)))
         return block
 
-    def round_to_nearest(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall) -> BlockModule:
+    def round_to_nearest(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall) -> QuantizedBlock:
         """Returns a block folded without clipping and without transformation: the true baseline."""
-        block = self._block(index, tensors, call, self._factors(tensors, learned=False))
+        block = self._block(index, tensors, call, self._factors(index, tensors, learned=False))
         block.fold()
         return block
 
@@ -137,24 +171,26 @@ class OmniQuantModel(LightningModule):
         tensors: Mapping[str, Tensor],
         call: BlockCall,
         factors: Mapping[str, Tensor],
-    ) -> BlockModule:
+    ) -> QuantizedBlock:
         """Returns a block folded with learned factors."""
-        block = self._block(index, tensors, call, self._factors(tensors, learned=True))
+        block = self._block(index, tensors, call, self._factors(index, tensors, learned=True))
         block.factors.load(factors, f"block {index} of the run folder")
         block.fold()
         return block
 
-    def _factors(self, tensors: Mapping[str, Tensor], learned: bool) -> BlockFactors:
-        clipping, transform = (self.clipping, self.transform) if learned else (None, None)
-        source = self.source
-        return BlockFactors(source.layout, tensors, self.scheme.weights, source.attention, clipping, transform)
+    def _factors(self, index: int, tensors: Mapping[str, Tensor], learned: bool) -> BlockFactors:
+        layout, heads, weights = self.source.layouts[index], self.source.attention, self.scheme.weights
+        if not learned:
+            return BlockFactors(layout, tensors, weights, heads)
+        shift = self.transform is not None and self.transform.shift
+        if shift is None:
+            shift = self.scheme.activations is not None
+        return BlockFactors(layout, tensors, weights, heads, self.clipping, self.transform, shift)
 
-    def _block(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall, factors: BlockFactors) -> BlockModule:
-        rates = LearningRates(
-            clipping=0.0 if self.clipping is None else self.clipping.lr,
-            transform=0.0 if self.transform is None else self.transform.lr,
-        )
-        layout = self.source.layout
+    def _block(
+        self, index: int, tensors: Mapping[str, Tensor], call: BlockCall, factors: BlockFactors
+    ) -> QuantizedBlock:
+        layout = self.source.layouts[index]
         network: nn.Module = self.source.make_block(index, tensors)
         network = prepare_block(network, layout.linears, layout.attention, self.scheme.activations)
-        return BlockModule(index, network, factors, call, rates)
+        return QuantizedBlock(index, network, factors, call)

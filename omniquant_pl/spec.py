@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["ActivationSpec", "ClippingSpec", "Scheme", "TransformSpec", "WeightSpec"]
+__all__ = [
+    "ActivationSpec",
+    "ClippingSpec",
+    "LearningSpec",
+    "ScheduleSpec",
+    "Scheme",
+    "TransformSpec",
+    "WeightSpec",
+    "WindowSpec",
+]
 
 
 def _require(condition: bool, key: str, message: str) -> None:
@@ -34,9 +45,17 @@ class WeightSpec:
     """Input channels that share a scale; null: one scale per output channel. A last group may be shorter."""
     symmetric: bool = False
     """Signed codes without a zero point; otherwise unsigned codes with one."""
+    bits_of: Mapping[str, int] = field(default_factory=dict)
+    """Other widths by kind of linear, the last part of its name: {down_proj: 4}."""
+
+    def of_linear(self, name: str) -> WeightSpec:
+        """Returns what holds for the linear with this dotted name."""
+        return replace(self, bits=self.bits_of.get(name.rpartition(".")[2], self.bits), bits_of={})
 
     def __post_init__(self) -> None:
         _require(2 <= self.bits <= 8, "model.weights.bits", f"{self.bits} is not a width from 2 to 8")
+        for kind, bits in self.bits_of.items():
+            _require(2 <= bits <= 8, f"model.weights.bits_of.{kind}", f"{bits} is not a width from 2 to 8")
         _require(
             self.group_size is None or self.group_size >= 1,
             "model.weights.group_size",
@@ -96,11 +115,81 @@ class TransformSpec:
     alpha: float = 0.5
     """Migration strength of the initial scale, max|X|^alpha / max|W|^(1 - alpha); 0 to 1."""
     mlp: bool = False
-    """Also scale between the up and down projections of a gated MLP (not in the paper)."""
+    """Also scale between the up and down projections of a gated or a ReLU MLP (not in the paper)."""
+    shift: bool | None = None
+    """Also shift, where operators have biases; null: only where activations are quantized, as in the paper."""
 
     def __post_init__(self) -> None:
         _require_rate(self.lr, "model.transform")
         _require(0 <= self.alpha <= 1, "model.transform.alpha", f"{self.alpha} is not within 0 and 1")
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """How the learning rates change over the steps of a block.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    warmup: float = 0.0
+    """Share of the steps over which the rates rise from zero."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the rates fall to zero over the steps after that."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.warmup < 1, "model.schedule.warmup", f"{self.warmup} is not a share from 0 to below 1")
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the rates stay as they are."""
+        return self.warmup == 0 and self.decay == "none"
+
+    def factor(self, step: int, steps: int) -> float:
+        """Returns what the rates are multiplied with in a step, counted from 0, of that many."""
+        warmup = self.warmup * steps
+        if step < warmup:
+            return (step + 1) / (math.floor(warmup) + 1)
+        done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+        if self.decay == "linear":
+            return 1 - done
+        return (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1.0
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """How many consecutive blocks learn together (arXiv 2312.07950).
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    blocks: int = 1
+    """Blocks of a window."""
+    stride: int = 1
+    """Blocks by which windows advance; those that are left behind are folded."""
+
+    def __post_init__(self) -> None:
+        _require(self.blocks >= 1, "model.window.blocks", f"{self.blocks} is not a positive number of blocks")
+        _require(
+            1 <= self.stride <= self.blocks,
+            "model.window.stride",
+            f"{self.stride} is not from 1 to model.window.blocks, which is {self.blocks}",
+        )
+
+
+@dataclass(frozen=True)
+class LearningSpec:
+    """Learning rates of the kinds of factors, and how they change."""
+
+    clipping: float = 0.0
+    """AdamW rate of the clipping factors."""
+    transform: float = 0.0
+    """AdamW rate of scales and shifts."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    schedule: ScheduleSpec = ScheduleSpec()
+    """Schedule of all rates."""
 
 
 @dataclass(frozen=True)
@@ -117,4 +206,5 @@ class Scheme:
         """The field's short name, for example ``w3a16g128`` or ``w4a4``."""
         activation_bits = 16 if self.activations is None else self.activations.bits
         group = "" if self.weights.group_size is None else f"g{self.weights.group_size}"
-        return f"w{self.weights.bits}a{activation_bits}{group}{'sym' if self.weights.symmetric else ''}"
+        others = "".join(f"-{kind}{bits}" for kind, bits in sorted(self.weights.bits_of.items()))
+        return f"w{self.weights.bits}a{activation_bits}{group}{'sym' if self.weights.symmetric else ''}{others}"

@@ -126,6 +126,7 @@ class SequentialTrainer(Trainer):
         # Lightning counts epochs over the trainer's life and would run none for a second block.
         self.fit_loop.max_epochs = self.current_epoch + self.epochs_per_block
         batches.sampler.start_block(self.current_epoch)
+        block.steps = self.epochs_per_block * len(batches)
         # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.
         for callback, state in self._early_stopping:
             callback.load_state_dict(copy.deepcopy(state))

@@ -30,7 +30,7 @@ def make(model: OmniQuantModel) -> tuple[BlockModule, Tensor, Tensor]:
     call, tensors = source.calls(TOKENS)[0], source.block_tensors(0)
     hidden = torch.randn(2, TOKENS, 32, generator=torch.Generator().manual_seed(1))
     original = source.make_block(0, tensors)
-    with torch.no_grad(), observe_inputs(original, source.layout.linears) as inputs:
+    with torch.no_grad(), observe_inputs(original, source.layouts[0].linears) as inputs:
         target = call(original, hidden)
     return model.block(0, tensors, call, inputs), hidden, target
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniquant_pl.arch.llama import LLAMA
+from omniquant_pl.arch.llama import LLAMA_BLOCK as LLAMA
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.factors import BlockFactors
 from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec

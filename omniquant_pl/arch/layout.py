@@ -1,10 +1,10 @@
-"""What a family's block looks like, as data: names of linears, norms, pairs."""
+"""What a family's block looks like, as data: names of linears, norms, pairs; and the registry of families."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -14,9 +14,11 @@ from omniquant_pl.transform import AttentionShape, Pair
 
 __all__ = [
     "BlockLayout",
+    "Experts",
+    "Family",
     "PairLayout",
     "attention_shape",
-    "layout_of",
+    "family_of",
     "register",
     "registered_families",
 ]
@@ -29,64 +31,115 @@ class PairLayout(Protocol):
     def name(self) -> str:
         """The pair's name in files."""
 
-    def build(self, tensors: Mapping[str, Tensor], shape: AttentionShape, /) -> Pair:
-        """Returns the learnable pair for a block with these weights and heads."""
+    def build(self, tensors: Mapping[str, Tensor], shape: AttentionShape, shift: bool, /) -> Pair:
+        """Returns the learnable pair for a block with these weights and heads, with a shift where it can have one."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts that transformers holds as 3-D weights, ``gate_up_proj`` and ``down_proj``.
+
+    For calibration each expert gets three linears, by the names that its weights have in checkpoints.
+
+    Attributes:
+        module: Dotted name of the module that holds them, relative to the block.
+        gate: Name of an expert's gate projection.
+        up: Name of its up projection.
+        down: Name of its down projection.
+    """
+
+    module: str
+    gate: str
+    up: str
+    down: str
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where things are in the blocks of a family. All names are relative to a block, but for ``blocks``.
+    """Where things are in a block. All names are relative to it.
 
     Attributes:
-        blocks: Dotted name of the list of blocks in the causal language model.
         attention: The attention module.
         linears: The linears to quantize.
         pairs: Pairs of the learnable equivalent transformation as in the paper.
         mlp_pairs: Further pairs that ``model.transform.mlp`` adds.
+        experts: Experts to take apart; ``linears`` names the parts.
     """
 
-    blocks: str
     attention: str
     linears: tuple[str, ...]
     pairs: tuple[PairLayout, ...]
     mlp_pairs: tuple[PairLayout, ...] = ()
+    experts: Experts | None = None
 
 
-_LAYOUTS: dict[str, BlockLayout] = {}
+def attention_shape(config: PretrainedConfig) -> AttentionShape:
+    """Reads the heads from a model's configuration, under the names that most families use."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return AttentionShape(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
 
 
-def register(model_type: str, layout: BlockLayout) -> None:
+@dataclass(frozen=True)
+class Family:
+    """What all models of one ``model_type`` have in common.
+
+    Attributes:
+        blocks: Dotted name of the list of blocks in the causal language model.
+        block: Returns the layout of the block with an index, for a model's configuration.
+        shape: Reads the heads from a model's configuration.
+        refuse: Returns why a model of the family cannot be quantized, ``None`` if it can.
+        stored: Parts of tensor names inside a block, and what stands in their place in checkpoints.
+        attention: Attention implementation that the model is built with; ``None`` for the one whose inputs are
+            quantized. Another is for families that do not ask transformers' attention interface.
+        returns_tuple: Whether the model takes the first of what a block returns.
+    """
+
+    blocks: str
+    block: Callable[[Any, int], BlockLayout]
+    shape: Callable[[Any], AttentionShape] = attention_shape
+    refuse: Callable[[Any], str | None] = lambda config: None
+    stored: tuple[tuple[str, str], ...] = ()
+    attention: str | None = None
+    returns_tuple: bool = False
+
+    def stored_name(self, name: str) -> str:
+        """Returns the name that a block's tensor has in checkpoints, both relative to the block."""
+        for own, other in self.stored:
+            name = name.replace(own, other)
+        return name
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(model_type: str, family: Family, **changes: Any) -> None:
     """Makes a family known.
 
     Args:
         model_type: ``model_type`` in the checkpoint's ``config.json``.
-        layout: Its blocks.
+        family: Its description.
+        changes: Fields in which it differs from ``family``.
     """
-    _LAYOUTS[model_type] = layout
+    _FAMILIES[model_type] = replace(family, **changes)
 
 
 def registered_families() -> tuple[str, ...]:
     """Returns every known ``model_type``, sorted."""
-    return tuple(sorted(_LAYOUTS))
+    return tuple(sorted(_FAMILIES))
 
 
-def layout_of(config: PretrainedConfig) -> BlockLayout:
-    """Returns the layout of a model's family.
+def family_of(config: PretrainedConfig) -> Family:
+    """Returns the description of a model's family.
 
     Raises:
-        ConfigurationError: If nobody registered the family.
+        ConfigurationError: If nobody registered the family, or this model of it cannot be quantized.
     """
-    if config.model_type not in _LAYOUTS:
+    if config.model_type not in _FAMILIES:
         known = ", ".join(registered_families())
         raise ConfigurationError("model.path", f"the family {config.model_type!r} is not supported; known: {known}")
-    return _LAYOUTS[config.model_type]
-
-
-def attention_shape(config: PretrainedConfig) -> AttentionShape:
-    """Reads the heads from a model's configuration."""
-    heads = config.num_attention_heads
-    return AttentionShape(
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    family = _FAMILIES[config.model_type]
+    reason = family.refuse(config)
+    if reason is not None:
+        raise ConfigurationError("model.path", f"this {config.model_type} model is not supported: {reason}")
+    return family

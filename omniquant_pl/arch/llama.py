@@ -1,17 +1,16 @@
-"""LLaMA 1, 2 and 3: RMSNorm, rotary embeddings, grouped queries, gated MLP."""
+"""LLaMA 1, 2 and 3 and what is built alike: RMSNorm, rotary embeddings, grouped queries, gated MLP."""
 
 from __future__ import annotations
 
-from omniquant_pl.arch.layout import BlockLayout, register
+from omniquant_pl.arch.layout import BlockLayout, Family, register
 from omniquant_pl.transform import NormToLinears, QueryToKey, UpToDown, ValueToOutput
 
-__all__ = ["LLAMA"]
+__all__ = ["LLAMA", "LLAMA_BLOCK"]
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
-LLAMA = BlockLayout(
-    blocks="model.layers",
+LLAMA_BLOCK = BlockLayout(
     attention="self_attn",
     linears=(*_QKV, "self_attn.o_proj", *_GATE_UP, "mlp.down_proj"),
     pairs=(
@@ -23,4 +22,8 @@ LLAMA = BlockLayout(
     mlp_pairs=(UpToDown("mlp.up_proj", "mlp.down_proj"),),
 )
 
+LLAMA = Family(blocks="model.layers", block=lambda config, index: LLAMA_BLOCK)
+
 register("llama", LLAMA)
+register("mistral", LLAMA)
+register("qwen2", LLAMA)

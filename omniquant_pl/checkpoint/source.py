@@ -24,10 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from omniquant_pl.arch import attention_shape, layout_of
+from omniquant_pl.arch import BlockLayout, family_of
 from omniquant_pl.checkpoint.reader import Checkpoint
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.nn import ATTENTION
+from omniquant_pl.nn import ATTENTION, UnfusedExperts
 
 __all__ = ["BlockCall", "SourceModel"]
 
@@ -53,15 +53,17 @@ class BlockCall:
 class _Placeholder(nn.Module):
     """Stands in the place of a block: records its input and how it is called, returns what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, returns_tuple: bool) -> None:
         super().__init__()
         self.received: Tensor | None = None
         self.call = BlockCall()
         self.output: Tensor | None = None
+        self._returns_tuple = returns_tuple
 
-    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor | tuple[Tensor]:
         self.received, self.call = hidden_states, BlockCall(arguments, options)
-        return hidden_states if self.output is None else self.output
+        output = hidden_states if self.output is None else self.output
+        return (output,) if self._returns_tuple else output
 
 
 class SourceModel:
@@ -79,13 +81,16 @@ class SourceModel:
         self.folder = folder
         self._trust_remote_code = trust_remote_code
         self.config = self._read_config()
-        self.layout = layout_of(self.config)
-        self.attention = attention_shape(self.config)
+        self.family = family_of(self.config)
+        self.attention = self.family.shape(self.config)
         self.checkpoint = Checkpoint(folder)
         self._model = self._build()
-        self._templates = cast(nn.ModuleList, self._model.get_submodule(self.layout.blocks))
-        self._placeholders = [_Placeholder() for _ in self._templates]
-        self._model.set_submodule(self.layout.blocks, nn.ModuleList(self._placeholders))
+        self._templates = cast(nn.ModuleList, self._model.get_submodule(self.family.blocks))
+        self.layouts = [self.family.block(self.config, index) for index in range(len(self._templates))]
+        for template, layout in zip(self._templates, self.layouts, strict=True):
+            _unfuse_experts(template, layout)
+        self._placeholders = [_Placeholder(self.family.returns_tuple) for _ in self._templates]
+        self._model.set_submodule(self.family.blocks, nn.ModuleList(self._placeholders))
         self._load_surroundings()
 
     def _read_config(self) -> Any:
@@ -104,7 +109,7 @@ class SourceModel:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 self.config,
-                attn_implementation=ATTENTION,
+                attn_implementation=self.family.attention or ATTENTION,
                 dtype=torch.float32,
                 trust_remote_code=self._trust_remote_code,
             )
@@ -122,15 +127,14 @@ class SourceModel:
             return without_prefix if without_prefix in self.checkpoint else name
         return name
 
-    def _read(self, names: list[str], prefix: str = "") -> dict[str, Tensor]:
-        stored = {name: self._stored_name(prefix + name) for name in names}
+    def _read(self, stored: Mapping[str, str]) -> dict[str, Tensor]:
         tensors = self.checkpoint.read(tuple(stored.values()))
-        return {name: tensors[stored[name]].to(torch.float32) for name in names}
+        return {name: tensors[stored_name].to(torch.float32) for name, stored_name in stored.items()}
 
     def _load_surroundings(self) -> None:
         tied = set(self._model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
         names = [name for name in self._model.state_dict() if name not in tied]
-        self._assign(self._model, self._read(names))
+        self._assign(self._model, self._read({name: self._stored_name(name) for name in names}))
         if tied:
             self._model.tie_weights()
 
@@ -164,7 +168,7 @@ class SourceModel:
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's tensors begin with in the checkpoint."""
-        return f"{self.layout.blocks}.{index}."
+        return f"{self.family.blocks}.{index}."
 
     def verify(self) -> None:
         """Looks at every tensor once, before any work.
@@ -172,8 +176,8 @@ class SourceModel:
         Raises:
             ConfigurationError: If one is missing, has another shape, or a value that is not finite.
         """
-        shapes = self.block_shapes
         for index in range(len(self)):
+            shapes = self.block_shapes(index)
             for name, stored in self.stored_names(index).items():
                 found = self.checkpoint.describe(stored)
                 if found.shape != shapes[name]:
@@ -183,15 +187,15 @@ class SourceModel:
                     raise ConfigurationError("model.path", message)
         self.checkpoint.verify()
 
-    @property
-    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+    def block_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one block's tensors by name."""
-        return {name: tuple(tensor.shape) for name, tensor in self._templates[0].state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._templates[index].state_dict().items()}
 
     def stored_names(self, index: int) -> dict[str, str]:
         """Names of one block's tensors in the checkpoint, by their names inside the block."""
-        prefix = self.block_prefix(index)
-        return {name: self._stored_name(prefix + name) for name in self._templates[index].state_dict()}
+        prefix, family = self.block_prefix(index), self.family
+        names = self._templates[index].state_dict()
+        return {name: self._stored_name(prefix + family.stored_name(name)) for name in names}
 
     @property
     def surrounding_names(self) -> tuple[str, ...]:
@@ -201,7 +205,7 @@ class SourceModel:
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """Reads one block's tensors in float32, by their names inside the block."""
-        return self._read(list(self._templates[index].state_dict()), self.block_prefix(index))
+        return self._read(self.stored_names(index))
 
     def make_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Returns a block of the model's own class that holds these tensors (without copying them)."""
@@ -241,3 +245,10 @@ class SourceModel:
             return cast(Tensor, self._model(tokens, use_cache=False).logits)
         finally:
             self._placeholders[-1].output = None
+
+
+def _unfuse_experts(block: nn.Module, layout: BlockLayout) -> None:
+    experts = layout.experts
+    if experts is not None:
+        fused = block.get_submodule(experts.module)
+        block.set_submodule(experts.module, UnfusedExperts(fused, (experts.gate, experts.up, experts.down)))

@@ -1,7 +1,8 @@
 """Modules that stand in for a block's own while it is calibrated."""
 
 from omniquant_pl.nn.attention import ATTENTION, AttentionInputs
+from omniquant_pl.nn.experts import UnfusedExperts
 from omniquant_pl.nn.linear import QuantLinear
 from omniquant_pl.nn.prepare import prepare_block
 
-__all__ = ["ATTENTION", "AttentionInputs", "QuantLinear", "prepare_block"]
+__all__ = ["ATTENTION", "AttentionInputs", "QuantLinear", "UnfusedExperts", "prepare_block"]

@@ -81,19 +81,22 @@ class WeightQuantizer(nn.Module):
         return from_rows(result, *self.shape)
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, scale_dtype: torch.dtype) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scale_dtype: torch.dtype, codes: Tensor | None = None) -> QuantizedWeight:
         """Chooses the codes of a weight against the scale as it will be stored.
 
         Args:
             weight: ``[out, in]`` float32, transformed already.
             scale_dtype: The dtype of the stored scales.
+            codes: Codes ``[out, in]`` that were chosen otherwise; ``None`` for the nearest.
         """
         bits, symmetric = self.spec.bits, self.spec.symmetric
         clipped = self._clipped(self.range_of(weight))
         scale, zero_point = scale_and_zero_point(*clipped, bits, symmetric, scale_dtype)
-        codes = quantize(to_rows(weight, self.group_size), scale, zero_point, bits, symmetric)
+        if codes is None:
+            nearest = quantize(to_rows(weight, self.group_size), scale, zero_point, bits, symmetric)
+            codes = from_rows(nearest, *self.shape)
         return QuantizedWeight(
-            codes=from_rows(codes, *self.shape).to(torch.int8 if symmetric else torch.uint8),
+            codes=codes.to(torch.int8 if symmetric else torch.uint8),
             scale=scale.view(self.shape[0], -1).to(scale_dtype),
             zero_point=None if symmetric else zero_point.view(self.shape[0], -1).to(torch.uint8),
             group_size=self.group_size,

@@ -25,6 +25,11 @@ class ChannelRange:
         """Largest absolute value of every channel."""
         return torch.maximum(self.high, -self.low)
 
+    @property
+    def middle(self) -> Tensor:
+        """Middle of every channel's range."""
+        return (self.high + self.low) / 2
+
     @staticmethod
     def of(values: Tensor) -> ChannelRange:
         """Returns the range of ``[..., channels]``."""

@@ -20,8 +20,8 @@ def stored_bits(spec: WeightSpec, shape: tuple[int, ...]) -> int:
     return out_features * in_features * spec.bits + groups * (_SCALE_BITS + zero_point_bits)
 
 
-def bits_per_weight(spec: WeightSpec, shapes: Iterable[tuple[int, ...]]) -> float:
-    """Returns the mean over weights of those shapes."""
-    shapes = list(shapes)
-    weights = sum(out_features * in_features for out_features, in_features in shapes)
-    return sum(stored_bits(spec, shape) for shape in shapes) / weights
+def bits_per_weight(weights: Iterable[tuple[WeightSpec, tuple[int, ...]]]) -> float:
+    """Returns the mean over weights of those specifications and shapes."""
+    weights = list(weights)
+    count = sum(out_features * in_features for _, (out_features, in_features) in weights)
+    return sum(stored_bits(spec, shape) for spec, shape in weights) / count

@@ -29,8 +29,8 @@ def factors_of_block(index: int, llama: Path, logit: float) -> dict[str, Tensor]
     """Clipping factors that keep the whole range if the logit is large."""
     model = OmniQuantModel(path=str(llama), weights=WeightSpec(bits=3))
     return {
-        f"{linear}.clip.{end}": torch.full((model.source.block_shapes[f"{linear}.weight"][0], 1), logit)
-        for linear in model.source.layout.linears
+        f"{linear}.clip.{end}": torch.full((model.source.block_shapes(0)[f"{linear}.weight"][0], 1), logit)
+        for linear in model.source.layouts[0].linears
         for end in ("upper", "lower")
     }
 

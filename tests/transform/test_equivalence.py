@@ -45,7 +45,7 @@ def test_random_scales_leave_the_logits_as_they_are(
     for index in range(len(source)):
         tensors = source.block_tensors(index)
         factors = BlockFactors(
-            source.layout,
+            source.layouts[0],
             tensors,
             WeightSpec(),
             source.attention,
@@ -80,7 +80,7 @@ def test_a_scale_of_its_own_per_channel_would_not_commute_with_the_rotary_embedd
 
 
 def test_query_key_scale_is_shared_over_rotary_pairs_and_query_heads() -> None:
-    pair = QueryToKey("q", "k").build({}, AttentionShape(heads=4, kv_heads=2, head_dim=4))
+    pair = QueryToKey("q", "k").build({}, AttentionShape(heads=4, kv_heads=2, head_dim=4), False)
     with torch.no_grad():
         pair.scale.copy_(torch.tensor([1.0, 2.0, 4.0, 8.0]))
     tensors: dict[str, Tensor] = {"q.weight": torch.ones(16, 1), "k.weight": torch.ones(8, 1)}
@@ -90,7 +90,7 @@ def test_query_key_scale_is_shared_over_rotary_pairs_and_query_heads() -> None:
 
 
 def test_value_scale_is_shared_by_the_query_heads_of_a_kv_head() -> None:
-    pair = ValueToOutput("v", "o").build({}, AttentionShape(heads=4, kv_heads=2, head_dim=1))
+    pair = ValueToOutput("v", "o").build({}, AttentionShape(heads=4, kv_heads=2, head_dim=1), False)
     with torch.no_grad():
         pair.scale.copy_(torch.tensor([2.0, 4.0]))
     tensors: dict[str, Tensor] = {
@@ -116,14 +116,14 @@ def test_initialization_looks_at_every_consumer() -> None:
         "a.weight": torch.tensor([[1.0, -4.0]]),
         "b.weight": torch.tensor([[-9.0, 1.0]]),
     }
-    pair = layout.build(tensors, AttentionShape(1, 1, 2))
+    pair = layout.build(tensors, AttentionShape(1, 1, 2), False)
     seen = ChannelRange(low=torch.tensor([-4.0, 0.0]), high=torch.tensor([1.0, 1.0]))
     pair.initialize(tensors, {"a": seen, "b": seen}, alpha=0.5)
     assert pair.scale.tolist() == pytest.approx([(4 / 9) ** 0.5, (1 / 4) ** 0.5])
 
 
 def test_projection_keeps_scales_away_from_zero_and_their_sign() -> None:
-    pair = ValueToOutput("v", "o").build({}, AttentionShape(heads=4, kv_heads=4, head_dim=1))
+    pair = ValueToOutput("v", "o").build({}, AttentionShape(heads=4, kv_heads=4, head_dim=1), False)
     with torch.no_grad():
         pair.scale.copy_(torch.tensor([-1e-3, 0.0, 5e-3, 2.0]))
     pair.project()

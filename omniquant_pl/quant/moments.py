@@ -1,0 +1,150 @@
+"""What enters a linear, beyond its range: the second moment of all tokens, and a random sample of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["InputMoment", "InputSample", "observe_moments", "observe_samples"]
+
+
+class InputMoment:
+    """The sum of ``x x^T`` over all tokens seen: half the Hessian of a linear's squared output error (GPTQ).
+
+    Both attributes are plain sums, so those of several processes or of parts of the calibration set add up.
+
+    Args:
+        columns: Input channels.
+        device: Where the sum is kept.
+
+    Attributes:
+        second: ``[in, in]`` float32.
+        tokens: Number of tokens.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.second = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    @torch.no_grad()
+    def add(self, values: Tensor) -> None:
+        """Adds the tokens of ``[..., in]``; computed in float32 whatever their dtype, under autocast too."""
+        with torch.autocast(values.device.type, enabled=False):
+            rows = values.reshape(-1, values.shape[-1]).float()
+            self.second.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+
+
+class InputSample:
+    """A uniform random sample, without replacement, of the tokens seen so far.
+
+    Every token draws a number and the largest numbers stay. Samples of one size and seed that see batches of the same
+    shapes choose the same tokens.
+
+    Args:
+        columns: Input channels.
+        size: Tokens to keep.
+        seed: Of the choice.
+        device: Where the tokens are kept.
+
+    Attributes:
+        rows: The tokens ``[at most size, in]``, float32, in the order they came.
+    """
+
+    def __init__(self, columns: int, size: int, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        if size < 1:
+            raise ValueError(f"a sample of {size} tokens is empty")
+        self.rows = torch.empty(0, columns, device=device)
+        self._size = size
+        self._drawn = torch.empty(0, dtype=torch.float64)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def add(self, values: Tensor) -> None:
+        """Lets the tokens of ``[..., in]`` take part."""
+        rows, before = values.reshape(-1, values.shape[-1]), len(self.rows)
+        drawn = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
+        candidates = torch.cat((self._drawn, drawn))
+        kept = candidates.topk(min(self._size, len(candidates))).indices.sort().values
+        stayed, joined = kept[kept < before], kept[kept >= before] - before
+        self._drawn = candidates[kept]
+        self.rows = torch.cat((self.rows[stayed], rows[joined].float()))
+
+
+@contextmanager
+def _observe(module: nn.Module, names: Iterable[str], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hands the first argument of named submodules to ``record``, unless it holds no token."""
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].numel() > 0:
+                record(name, args[0].detach())
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def observe_moments(
+    module: nn.Module, names: Iterable[str], transform: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[dict[str, InputMoment]]:
+    """Records the second moments of submodules' inputs for as long as the context lasts.
+
+    A moment takes ``in * in`` floats, and a matrix product per batch: of submodules that read the same tensor (query,
+    key and value; gate and up) name only one.
+
+    Args:
+        module: The module that holds them.
+        names: Dotted names of submodules whose first argument is ``[..., in]``.
+        transform: What a submodule does with its input before the product, token by token. A linear that quantizes
+            its input multiplies the quantized values, so theirs is the moment that counts.
+
+    Yields:
+        A dictionary that fills while the module runs, by name. A submodule that no token reaches, as may happen to an
+        expert in a mixture, is absent.
+    """
+    moments: dict[str, InputMoment] = {}
+
+    def record(name: str, values: Tensor) -> None:
+        if name not in moments:
+            moments[name] = InputMoment(values.shape[-1], values.device)
+        moments[name].add(values if transform is None else transform(values))
+
+    with _observe(module, names, record):
+        yield moments
+
+
+@contextmanager
+def observe_samples(
+    module: nn.Module, names: Iterable[str], size: int = 1024, seed: int = 0
+) -> Iterator[dict[str, InputSample]]:
+    """Samples tokens that enter submodules for as long as the context lasts.
+
+    Args:
+        module: The module that holds them.
+        names: Dotted names of submodules whose first argument is ``[..., in]``.
+        size: Tokens to keep of each.
+        seed: Of the choice.
+
+    Yields:
+        A dictionary that fills while the module runs, by name; a submodule that no token reaches is absent.
+    """
+    samples: dict[str, InputSample] = {}
+
+    def record(name: str, values: Tensor) -> None:
+        if name not in samples:
+            samples[name] = InputSample(values.shape[-1], size, seed, values.device)
+        samples[name].add(values)
+
+    with _observe(module, names, record):
+        yield samples

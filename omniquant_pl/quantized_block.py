@@ -1,0 +1,96 @@
+"""One transformer block with its factors: fake-quantized while it learns, folded afterwards."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from omniquant_pl.checkpoint import BlockCall
+from omniquant_pl.errors import CalibrationError
+from omniquant_pl.factors import BlockFactors, FoldedBlock
+from omniquant_pl.quant import QuantizedWeight
+
+__all__ = ["QuantizedBlock"]
+
+
+class QuantizedBlock(nn.Module):
+    """Runs a block with what its factors make of its weights. Its parameters are the factors alone.
+
+    Args:
+        index: Position of the block in the model.
+        network: The prepared block (:func:`omniquant_pl.nn.prepare_block`); it holds the original tensors.
+        factors: The factors to learn.
+        call: How the model calls the block.
+    """
+
+    def __init__(self, index: int, network: nn.Module, factors: BlockFactors, call: BlockCall) -> None:
+        super().__init__()
+        self.index = index
+        self.network = network
+        self.factors = factors
+        self.call = call
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self._originals: dict[str, Tensor] = {}
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the network holds the final weights."""
+        return bool(self.quantized)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block's tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's weights and biases by name: the originals, or the final ones once folded."""
+        return {name: tensor for name, tensor in self.network.named_buffers() if tensor.is_floating_point()}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Runs the quantized block on ``[batch, tokens, channels]``."""
+        if self.is_folded:
+            return self.call(self.network, hidden)
+        overridden = self.factors(self._originals or self.tensors)
+
+        def network(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            return cast(Tensor, functional_call(self.network, overridden, (hidden, *arguments), options))
+
+        return self.call(cast(nn.Module, network), hidden)
+
+    def start_learning(self) -> None:
+        """Computes once, on the block's device, what stays the same over all steps."""
+        self._originals = self.tensors
+        self.factors.freeze_ranges(self._originals)
+
+    def end_learning(self) -> None:
+        """Forgets what was kept for the steps: the block may move to another device."""
+        self._originals = {}
+        self.factors.release_ranges()
+
+    def fold(self) -> FoldedBlock:
+        """Puts the final, dequantized weights into the network; computed on the CPU whatever the device.
+
+        Returns:
+            The folded block with its codes.
+
+        Raises:
+            CalibrationError: If a scale cannot be stored.
+        """
+        if self.is_folded:
+            raise RuntimeError(f"block {self.index} is folded already")
+        device = self.device
+        self.to("cpu")
+        try:
+            folded = self.factors.fold(self.tensors)
+        except CalibrationError as error:
+            raise CalibrationError(f"block {self.index}, {error}") from error
+        for name, tensor in folded.tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            self.network.get_submodule(owner)._buffers[leaf] = tensor
+        self.quantized = folded.quantized
+        self.to(device)
+        return folded

@@ -1,0 +1,190 @@
+"""What every family has to hold, checked on tiny random models of transformers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from omniquant_pl.callbacks import FoldCallback
+from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.data import CalibrationData
+from omniquant_pl.export import HfExport
+from omniquant_pl.factors import BlockFactors
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quantized_block import QuantizedBlock
+from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
+from omniquant_pl.trainer import SequentialTrainer
+
+TOKENS = 24
+
+
+class _Keep(FoldCallback):
+    def __init__(self) -> None:
+        self.blocks: list[QuantizedBlock] = []
+
+    def on_block_end(self, trainer: Any, block: QuantizedBlock, result: Any) -> None:
+        self.blocks.append(block)
+
+
+class FamilyContract:
+    """Checks of one family; models are made from configurations, in a folder of the test's own.
+
+    Args:
+        folder: Where models and runs are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, config: PretrainedConfig) -> Path:
+        """Saves a random model as transformers saves it; norms and biases are random as well."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.3 * torch.randn_like(parameter)
+                elif parameter.std() < 0.05 and "embed" not in name:  # so that blocks do something
+                    parameter.normal_(std=0.2)
+        folder = self.folder / "source"
+        model.save_pretrained(folder)
+        return folder
+
+    def tokens(self, config: PretrainedConfig) -> Tensor:
+        """Token ids `[3, 24]`."""
+        return torch.randint(2, config.vocab_size, (3, TOKENS), generator=torch.Generator().manual_seed(1))
+
+    def expected_logits(self, folder: Path, tokens: Tensor) -> Tensor:
+        """What transformers alone computes."""
+        with torch.no_grad():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+
+    def equivalence_error(self, config: PretrainedConfig) -> float:
+        """Largest logit error, over the largest logit, under random scales and shifts of every pair."""
+        folder, tokens = self.save(config), self.tokens(config)
+        source = SourceModel(folder)
+        calls, hidden = source.calls(TOKENS), source.embed(tokens)
+        for index, layout in enumerate(source.layouts):
+            tensors = source.block_tensors(index)
+            factors = BlockFactors(
+                layout, tensors, WeightSpec(), source.attention, transform=TransformSpec(mlp=True), shift=True
+            )
+            generator = torch.Generator().manual_seed(index)
+            pairs = dict(factors.named_pairs())
+            assert set(pairs) == {pair.name for pair in (*layout.pairs, *layout.mlp_pairs)}
+            for pair in pairs.values():
+                pair.scale.data = torch.exp(0.5 * torch.randn(pair.scale.shape, generator=generator))
+                if pair.shift is not None:
+                    pair.shift.data = 0.5 * torch.randn(pair.shift.shape, generator=generator)
+            transformed = factors.transformed(tensors)
+            for name, pair in pairs.items():
+                changed = [tensor for tensor in pair.changed if tensor in tensors]
+                assert len(changed) > 1, name
+                assert all(not torch.equal(transformed[t], tensors[t]) for t in changed), name
+            with torch.no_grad():
+                hidden = calls[index](source.make_block(index, transformed), hidden)
+        expected = self.expected_logits(folder, tokens)
+        return float((source.logits(hidden) - expected).abs().max() / expected.abs().max())
+
+    def shifted(self, config: PretrainedConfig) -> set[str]:
+        """Names of the first block's pairs that can learn a shift."""
+        source = SourceModel(self.save(config))
+        tensors = source.block_tensors(0)
+        factors = BlockFactors(
+            source.layouts[0], tensors, WeightSpec(), source.attention, transform=TransformSpec(mlp=True), shift=True
+        )
+        return {name for name, pair in factors.named_pairs() if pair.shift is not None}
+
+    def unlisted(self, config: PretrainedConfig, index: int = 0) -> set[str]:
+        """Weight matrices of transformers' own block that the layout does not quantize, experts counted as whole."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        source = SourceModel(self.save(config))
+        block = model.get_submodule(source.family.blocks)[index]
+        layout = source.layouts[index]
+        matrices = {
+            f"{name}.{leaf}" if leaf != "weight" else name
+            for name, module in block.named_modules()
+            for leaf, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim > 1
+        }
+        linears = {name for name, module in source._templates[index].named_modules() if isinstance(module, nn.Linear)}
+        assert set(layout.linears) <= linears
+        listed = set(layout.linears)
+        if layout.experts is not None:
+            parts = {f"{layout.experts.module}.{leaf}" for leaf in ("gate_up_proj", "down_proj")}
+            inside = {name for name in linears if name.startswith(f"{layout.experts.module}.")}
+            assert inside <= listed
+            listed |= parts if inside else set()
+        return matrices - listed
+
+    def round_trip_error(
+        self, config: PretrainedConfig, activations: ActivationSpec | None = None, **settings: Any
+    ) -> float:
+        """Calibrates, exports, loads in plain transformers: error against the calibrated blocks' logits.
+
+        With quantized activations, which plain transformers does not have, only the weights are compared: the
+        calibrated blocks run with their inputs in full precision.
+        """
+        folder, tokens = self.save(config), self.tokens(config)
+        model = OmniQuantModel(
+            str(folder), WeightSpec(4, 16), activations, transform=TransformSpec(mlp=True), **settings
+        )
+        np.save(self.folder / "tokens.npy", tokens.numpy())
+        keep = _Keep()
+        trainer = SequentialTrainer(
+            max_epochs=1,
+            callbacks=[keep],
+            default_root_dir=self.folder / "run",
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        path = str(self.folder / "tokens.npy")
+        trainer.fit(model, datamodule=CalibrationData(dataset=path, samples=3, evaluation=[path]))
+        HfExport().write(model, trainer.run_folder, self.folder / "exported")
+        source = model.source
+        hidden = source.embed(tokens)
+        for index, block in enumerate(keep.blocks):
+            plain = source.make_block(index, block.tensors)
+            with torch.no_grad():
+                hidden = block.call(plain, hidden)
+        calibrated = source.logits(hidden)
+        found = self.expected_logits(self.folder / "exported", tokens)
+        assert torch.isfinite(found).all()
+        original = self.expected_logits(folder, tokens)
+        assert not torch.allclose(found, original, rtol=1e-3, atol=1e-3), "nothing was quantized"
+        return float((found - calibrated).abs().max() / calibrated.abs().max())
+
+    def quantized_attention_inputs(self, config: PretrainedConfig, bits: int = 3) -> list[int]:
+        """Distinct values per token and head that attention sees for queries, keys and values at these bits."""
+        folder, tokens = self.save(config), self.tokens(config)
+        model = OmniQuantModel(str(folder), WeightSpec(8), ActivationSpec(bits))
+        source = model.source
+        tensors, call = source.block_tensors(0), source.calls(TOKENS)[0]
+        block = model.round_to_nearest(0, tensors, call)
+        seen: list[Tensor] = []
+        original = nn.functional.scaled_dot_product_attention
+
+        def record(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+            seen.extend((query, key, value))
+            return original(query, key, value, *args, **options)
+
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(nn.functional, "scaled_dot_product_attention", record)
+            block(source.embed(tokens))
+        return [max(len(row.unique()) for row in states.reshape(-1, states.shape[-1])) for states in seen]
+
+
+@pytest.fixture
+def contract(tmp_path: Path) -> FamilyContract:
+    """Checks that hold for every family."""
+    return FamilyContract(tmp_path)
