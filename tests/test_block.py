@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from omniquant_pl.block import BlockModule
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange, observe_inputs
+from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import ActivationSpec, ClippingSpec, TransformSpec, WeightSpec
 
 TOKENS = 16
@@ -24,7 +25,7 @@ def folder(make_llama: Callable[..., Path]) -> Path:
     return make_llama(num_key_value_heads=2)
 
 
-def make(model: OmniQuantModel) -> tuple[BlockModule, Tensor, Tensor]:
+def make(model: OmniQuantModel) -> tuple[QuantizedBlock, Tensor, Tensor]:
     """Returns the first block, its input and its full-precision output."""
     source = model.source
     call, tensors = source.calls(TOKENS)[0], source.block_tensors(0)
@@ -33,6 +34,10 @@ def make(model: OmniQuantModel) -> tuple[BlockModule, Tensor, Tensor]:
     with torch.no_grad(), observe_inputs(original, source.layouts[0].linears) as inputs:
         target = call(original, hidden)
     return model.block(0, tensors, call, inputs), hidden, target
+
+
+def learner(model: OmniQuantModel, *blocks: QuantizedBlock) -> BlockModule:
+    return BlockModule(blocks, model.learning)
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,7 +58,7 @@ def test_parameters_are_clipping_and_transform_factors_and_nothing_else(folder: 
 def test_each_kind_of_factor_has_its_own_rate(folder: Path) -> None:
     model = OmniQuantModel(str(folder), clipping=ClippingSpec(lr=0.03), transform=TransformSpec(lr=0.002))
     block, _, _ = make(model)
-    optimizer = block.configure_optimizers()
+    optimizer = learner(model, block).configure_optimizers()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in block.named_parameters():
         assert rates[id(parameter)] == (0.002 if "pairs" in name else 0.03)
@@ -61,19 +66,21 @@ def test_each_kind_of_factor_has_its_own_rate(folder: Path) -> None:
 
 
 def test_loss_is_the_mean_squared_error_with_the_augmented_target_added(folder: Path) -> None:
-    block, hidden, target = make(OmniQuantModel(str(folder), WeightSpec(3)))
+    model = OmniQuantModel(str(folder), WeightSpec(3))
+    block, hidden, target = make(model)
     output = block(hidden).detach()
-    assert block.training_step((hidden, target), 0).item() == pytest.approx(float(F.mse_loss(output, target)))
+    module = learner(model, block)
+    assert module.training_step((hidden, target), 0).item() == pytest.approx(float(F.mse_loss(output, target)))
     other = target + 1
     expected = float(F.mse_loss(output, target) + F.mse_loss(output, other))
-    assert block.training_step((hidden, target, other), 0).item() == pytest.approx(expected)
+    assert module.training_step((hidden, target, other), 0).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("activations", [None, ActivationSpec(4)])
 def test_every_factor_receives_a_gradient(folder: Path, activations: ActivationSpec | None) -> None:
     model = OmniQuantModel(str(folder), WeightSpec(3, 16), activations, transform=TransformSpec(mlp=True))
     block, hidden, target = make(model)
-    block.training_step((hidden, target), 0).backward()
+    learner(model, block).training_step((hidden, target), 0).backward()
     for name, parameter in block.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

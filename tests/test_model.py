@@ -97,11 +97,21 @@ def test_values_that_are_not_finite_are_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_linear_shapes(make_llama: Callable[..., Path]) -> None:
+def test_quantized_weights(make_llama: Callable[..., Path]) -> None:
     folder = make_llama(num_key_value_heads=2)
     stored = load_file(folder / "model.safetensors")
-    expected = [tuple(tensor.shape) for name, tensor in stored.items() if name.endswith("_proj.weight")]
-    assert sorted(OmniQuantModel(str(folder)).linear_shapes) == sorted(expected)
+    found = OmniQuantModel(str(folder), WeightSpec(3, bits_of={"down_proj": 5})).quantized_weights
+    assert {name: shape for name, (_, shape) in found.items()} == {
+        name: tuple(tensor.shape) for name, tensor in stored.items() if name.endswith("_proj.weight")
+    }
+    for name, (spec, _) in found.items():
+        assert spec.bits == (5 if "down_proj" in name else 3)
+
+
+def test_widths_of_linears_that_the_model_does_not_have_are_refused(llama: Path) -> None:
+    model = OmniQuantModel(str(llama), WeightSpec(3, bits_of={"fc2": 4}))
+    with pytest.raises(ConfigurationError, match=r"^model\.weights\.bits_of\.fc2: this model's linears are: down_proj, "):
+        model.verify()
 
 
 def test_only_the_factors_are_parameters(make_llama: Callable[..., Path]) -> None:
@@ -117,7 +127,7 @@ def test_only_the_factors_are_parameters(make_llama: Callable[..., Path]) -> Non
     nearest = model.round_to_nearest(0, tensors, call)
     assert nearest.is_folded
     assert list(nearest.parameters()) == []
-    factors = model._factors(tensors, learned=True).export()
+    factors = model._factors(0, tensors, learned=True).export()
     folded = model.folded(0, tensors, call, factors)
     learnable = {tuple(parameter.shape) for parameter in folded.parameters()}
     assert learnable == {tuple(factor.shape) for factor in factors.values()}

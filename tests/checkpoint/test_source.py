@@ -107,7 +107,7 @@ def test_names_of_all_tensors(make_llama: Callable[..., Path]) -> None:
         "model.norm.weight",
     )
     prefix = "model.layers.0."
-    assert source.block_shapes == {
+    assert source.block_shapes(0) == {
         name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in stored.items() if name.startswith(prefix)
     }
 

@@ -131,4 +131,6 @@ def test_a_zero_group_has_a_normal_scale_while_learning_and_stored(scale_dtype: 
 def test_stored_bits_counts_codes_scales_and_zero_points() -> None:
     assert stored_bits(WeightSpec(4, 128), (10, 256)) == 10 * 256 * 4 + 20 * (16 + 4)
     assert stored_bits(WeightSpec(3, 100, symmetric=True), (1, 250)) == 750 + 3 * 16
-    assert bits_per_weight(WeightSpec(2, 64), [(64, 128)]) == pytest.approx(2 + 18 / 64)
+    assert bits_per_weight([(WeightSpec(2, 64), (64, 128))]) == pytest.approx(2 + 18 / 64)
+    mixed = [(WeightSpec(2, symmetric=True), (1, 16)), (WeightSpec(4, symmetric=True), (3, 16))]
+    assert bits_per_weight(mixed) == pytest.approx((2 + 1 + 3 * (4 + 1)) / 4)
