@@ -39,7 +39,7 @@ class NumericsGuard(CalibrationCallback):
         self._failures = 0
         self._good: tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]] = ({}, {}, [])
         self._parameters: dict[str, nn.Parameter] = {}
-        self._names: list[str] = []
+        self._no_gradient = torch.zeros(())
         self._first_bad: Tensor | None = None
         self._step = 0
 
@@ -52,15 +52,16 @@ class NumericsGuard(CalibrationCallback):
         schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict(), schedules))
         self._parameters = dict(pl_module.named_parameters())
+        self._no_gradient = torch.zeros((), device=pl_module.device)
         self._first_bad = None
         self._step = 0
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(list(gradients.values()))))
+        # Which parameters have one may differ from step to step: a batch need not reach every expert.
+        gradients = [self._no_gradient if p.grad is None else p.grad for p in self._parameters.values()]
+        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients)))
         if self._first_bad is None:
-            self._names = list(gradients)
             self._first_bad = torch.full(bad.shape, -1, device=bad.device)
         self._first_bad = torch.where((self._first_bad < 0) & bad, self._step, self._first_bad)
         self._step += 1
@@ -70,7 +71,7 @@ class NumericsGuard(CalibrationCallback):
         if self._first_bad is None:
             return
         steps: list[int] = self._first_bad.tolist()
-        bad = [(step, name) for step, name in zip(steps, self._names, strict=True) if step >= 0]
+        bad = [(step, name) for step, name in zip(steps, self._parameters, strict=True) if step >= 0]
         if not bad:
             return
         assert isinstance(pl_module, BlockModule)

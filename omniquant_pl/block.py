@@ -103,7 +103,9 @@ class BlockModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW, one group for the clipping factors and one for scales and shifts; the schedule, if any."""
         rates, factors = self.learning, [block.factors for block in self._blocks]
-        clipping = [parameter for each in factors for parameter in each.quantizers.parameters()]
+        quantizers = [quantizer for each in factors for _, quantizer in each.named_quantizers()]
+        clipping = [end for each in quantizers for end in (each.upper, each.lower) if end is not None]
+        rounding = [each.offset for each in quantizers if each.offset is not None]
         transform = [parameter for each in factors for parameter in each.pairs.parameters()]
         groups = [
             {"params": clipping, "lr": rates.clipping, "name": "clipping"},

@@ -43,6 +43,7 @@ class BlockFactors(nn.Module):
         clipping: Learnable clipping; ``None`` for full ranges.
         transform: Learnable equivalent transformation; ``None`` for none.
         shift: Whether the transformation shifts where it can.
+        rounds: Whether rounding is learned.
 
     Attributes:
         codes: Codes of linears ``[out, in]`` that are not the nearest ones.
@@ -57,6 +58,7 @@ class BlockFactors(nn.Module):
         clipping: ClippingSpec | None = None,
         transform: TransformSpec | None = None,
         shift: bool = False,
+        rounds: bool = False,
     ) -> None:
         super().__init__()
         self._transform = transform
@@ -66,7 +68,7 @@ class BlockFactors(nn.Module):
         for name in layout.linears:
             out_features, in_features = tensors[f"{name}.weight"].shape
             spec = weights.of_linear(name)
-            self.quantizers[_key(name)] = WeightQuantizer(spec, (out_features, in_features), clipping)
+            self.quantizers[_key(name)] = WeightQuantizer(spec, (out_features, in_features), clipping, rounds)
         self.codes: dict[str, Tensor] = {}
         self._constant_ranges: dict[str, RowRange] = {}
 
@@ -89,9 +91,11 @@ class BlockFactors(nn.Module):
             pair.initialize(tensors, inputs, self._transform.alpha)
 
     def project(self) -> None:
-        """Returns the scales to where they are allowed, after an optimizer step."""
+        """Returns scales and offsets to where they are allowed, after an optimizer step."""
         for _, pair in self.named_pairs():
             pair.project()
+        for _, quantizer in self.named_quantizers():
+            quantizer.project()
 
     def freeze_ranges(self, tensors: Mapping[str, Tensor]) -> None:
         """Computes the ranges of weights that no pair changes once, on the device where the tensors are."""
@@ -122,22 +126,27 @@ class BlockFactors(nn.Module):
         return result
 
     @torch.no_grad()
-    def fold(self, tensors: Mapping[str, Tensor], scale_dtype: torch.dtype = torch.float16) -> FoldedBlock:
+    def fold(self, tensors: Mapping[str, Tensor]) -> FoldedBlock:
         """Chooses the codes, against scales rounded to the dtype that they are stored in.
+
+        Codes that are not the nearest ones, after learned rounding, are kept from here on.
 
         Args:
             tensors: The block's original tensors, on the CPU so that the codes do not depend on the device.
-            scale_dtype: The dtype of stored scales.
 
         Raises:
-            CalibrationError: If a scale overflows that dtype.
+            CalibrationError: If a scale overflows its dtype.
         """
         result = self.transformed(tensors)
         quantized: dict[str, QuantizedWeight] = {}
         for name, quantizer in self.named_quantizers():
-            quantized[name] = quantizer.quantize(result[f"{name}.weight"], scale_dtype, self.codes.get(name))
+            quantized[name] = quantizer.quantize(result[f"{name}.weight"], self.codes.get(name))
             if not bool(torch.isfinite(quantized[name].scale).all()):
-                raise CalibrationError(f"{name}: its weights need scales beyond what {scale_dtype} can hold")
+                raise CalibrationError(
+                    f"{name}: its weights need scales beyond what {quantizer.spec.scale_dtype} can hold"
+                )
+            if quantizer.offset is not None:
+                self.codes[name] = quantized[name].codes
             result[f"{name}.weight"] = quantized[name].dequantize()
         return FoldedBlock(result, quantized)
 
@@ -178,10 +187,18 @@ class BlockFactors(nn.Module):
         self.codes = codes
 
     def _factors(self) -> dict[str, tuple[nn.Module, str]]:
-        """Returns the module and the name inside it of every learned factor, by its name in files."""
+        """Returns the module and the name inside it of every factor that files hold, by its name there.
+
+        Offsets are not among them: their codes are.
+        """
         owners: list[tuple[str, nn.Module]] = [(f"{name}.clip", found) for name, found in self.named_quantizers()]
         owners += self.named_pairs()
-        return {f"{name}.{leaf}": (owner, leaf) for name, owner in owners for leaf, _ in owner.named_parameters()}
+        return {
+            f"{name}.{leaf}": (owner, leaf)
+            for name, owner in owners
+            for leaf, _ in owner.named_parameters()
+            if leaf != "offset"
+        }
 
 
 def _fits(owner: nn.Module, leaf: str, factor: Tensor) -> bool:

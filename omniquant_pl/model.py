@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from omniquant_pl.factors import BlockFactors
 from omniquant_pl.nn import prepare_block
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.quantized_block import QuantizedBlock
-from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.spec import (
     ActivationSpec,
     ClippingSpec,
@@ -26,6 +24,7 @@ from omniquant_pl.spec import (
     WeightSpec,
     WindowSpec,
 )
+from omniquant_pl.start import StartingPoint
 
 __all__ = ["OmniQuantModel"]
 
@@ -43,7 +42,8 @@ class OmniQuantModel(LightningModule):
         window: Consecutive blocks that learn together.
         schedule: How the learning rates change over the steps of a block.
         weight_decay: AdamW weight decay of all factors.
-        parameters: Run folder whose learned factors are the starting point; null starts from the calibration set.
+        parameters: Run folder, or omni_parameters.pth of the original implementation, whose learned factors are the
+            starting point; null starts from the calibration set.
         trust_remote_code: Let Python code that comes with the checkpoint run.
     """
 
@@ -76,7 +76,7 @@ class OmniQuantModel(LightningModule):
             weight_decay=weight_decay,
             schedule=schedule,
         )
-        self._start = parameters
+        self._start_from = parameters
         self._trust_remote_code = trust_remote_code
 
     @cached_property
@@ -89,23 +89,13 @@ class OmniQuantModel(LightningModule):
         return SourceModel(locate_model(self.path), self._trust_remote_code)
 
     @cached_property
-    def initial_factors(self) -> RunFolder | None:
-        """The run whose factors are the starting point.
+    def start(self) -> StartingPoint:
+        """Where the factors start.
 
         Raises:
-            ConfigurationError: If it is not the folder of a finished run.
+            ConfigurationError: If a file or folder that they start from cannot be used.
         """
-        if self._start is None:
-            return None
-        folder = RunFolder(Path(self._start))
-        files = [folder.factor_file(index) for index in range(len(self.source))]
-        missing = [path for path in files if not path.is_file()]
-        if missing:
-            raise ConfigurationError(
-                "model.parameters",
-                f"{self._start} is not the folder of a finished run: {missing[0]} is missing",
-            )
-        return folder
+        return StartingPoint(self.source, self._start_from, self.transform)
 
     def verify(self) -> None:
         """Opens and reads everything once.
@@ -119,11 +109,9 @@ class OmniQuantModel(LightningModule):
             if kind not in kinds:
                 known = ", ".join(sorted(kinds))
                 raise ConfigurationError(f"model.weights.bits_of.{kind}", f"this model's linears are: {known}")
-        if self.initial_factors is not None:
-            for index in range(len(self.source)):
-                factors = self._factors(index, self.source.block_tensors(index), learned=True)
-                path = self.initial_factors.factor_file(index)
-                factors.load(self.initial_factors.load_factors(index, "model.parameters"), str(path))
+        for index in range(len(self.source)) if self.start.needs_no_calibration else ():
+            tensors = self.source.block_tensors(index)
+            self.start.set(index, self._factors(index, tensors, learned=True), tensors, {})
 
     @property
     def quantized_weights(self) -> dict[str, tuple[WeightSpec, tuple[int, ...]]]:
@@ -152,11 +140,7 @@ class OmniQuantModel(LightningModule):
             inputs: Input ranges of its linears in full precision.
         """
         block = self._block(index, tensors, call, self._factors(index, tensors, learned=True))
-        if self.initial_factors is None:
-            block.factors.initialize(tensors, inputs)
-        else:
-            factors = self.initial_factors.load_factors(index, "model.parameters")
-            block.factors.load(factors, str(self.initial_factors.factor_file(index)))
+        self.start.set(index, block.factors, tensors, inputs)
         return block
 
     def round_to_nearest(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall) -> QuantizedBlock:

@@ -45,6 +45,8 @@ class WeightSpec:
     """Input channels that share a scale; null: one scale per output channel. A last group may be shorter."""
     symmetric: bool = False
     """Signed codes without a zero point; otherwise unsigned codes with one."""
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """What scales are stored in; codes are chosen against the scale that is stored."""
     bits_of: Mapping[str, int] = field(default_factory=dict)
     """Other widths by kind of linear, the last part of its name: {down_proj: 4}."""
 
@@ -118,10 +120,19 @@ class TransformSpec:
     """Also scale between the up and down projections of a gated or a ReLU MLP (not in the paper)."""
     shift: bool | None = None
     """Also shift, where operators have biases; null: only where activations are quantized, as in the paper."""
+    scales: str | None = None
+    """Activation magnitudes to start from, a file of the original's act_scales; null measures them."""
+    shifts: str | None = None
+    """Middles of the activations' ranges likewise, a file of its act_shifts."""
 
     def __post_init__(self) -> None:
         _require_rate(self.lr, "model.transform")
         _require(0 <= self.alpha <= 1, "model.transform.alpha", f"{self.alpha} is not within 0 and 1")
+        _require(
+            self.shifts is None or self.scales is not None,
+            "model.transform.shifts",
+            "middles alone do not make ranges; give model.transform.scales as well",
+        )
 
 
 @dataclass(frozen=True)

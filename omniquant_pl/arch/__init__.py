@@ -1,7 +1,14 @@
 """The families that are supported, one file each."""
 
+from omniquant_pl.arch import falcon as _falcon
+from omniquant_pl.arch import gemma as _gemma
 from omniquant_pl.arch import llama as _llama
+from omniquant_pl.arch import mixtral as _mixtral
 from omniquant_pl.arch import opt as _opt
+from omniquant_pl.arch import phi as _phi
+from omniquant_pl.arch import phi3 as _phi3
+from omniquant_pl.arch import qwen3 as _qwen3
+from omniquant_pl.arch import qwen_moe as _qwen_moe
 from omniquant_pl.arch.layout import (
     BlockLayout,
     Experts,
@@ -22,4 +29,4 @@ __all__ = [
     "registered_families",
 ]
 
-del _llama, _opt
+del _falcon, _gemma, _llama, _mixtral, _opt, _phi, _phi3, _qwen3, _qwen_moe

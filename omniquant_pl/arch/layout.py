@@ -53,6 +53,11 @@ class Experts:
     up: str
     down: str
 
+    def projections(self, index: int) -> tuple[str, str, str]:
+        """Returns the dotted names of one expert's gate, up and down projection, relative to the block."""
+        gate, up, down = (f"{self.module}.{index}.{kind}" for kind in (self.gate, self.up, self.down))
+        return gate, up, down
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -86,10 +91,11 @@ class Family:
 
     Attributes:
         blocks: Dotted name of the list of blocks in the causal language model.
-        block: Returns the layout of the block with an index, for a model's configuration.
-        shape: Reads the heads from a model's configuration.
+        block: Returns the layout of the block with an index, for a model's configuration (its part for text).
+        shape: Reads the heads from a model's configuration (its part for text).
         refuse: Returns why a model of the family cannot be quantized, ``None`` if it can.
-        stored: Parts of tensor names inside a block, and what stands in their place in checkpoints.
+        stored: Parts of tensor names, and what stands in their place in checkpoints.
+        unread: Modules that text does not reach, as a vision encoder. They are exported as they are stored.
         attention: Attention implementation that the model is built with; ``None`` for the one whose inputs are
             quantized. Another is for families that do not ask transformers' attention interface.
         returns_tuple: Whether the model takes the first of what a block returns.
@@ -100,11 +106,12 @@ class Family:
     shape: Callable[[Any], AttentionShape] = attention_shape
     refuse: Callable[[Any], str | None] = lambda config: None
     stored: tuple[tuple[str, str], ...] = ()
+    unread: tuple[str, ...] = ()
     attention: str | None = None
     returns_tuple: bool = False
 
     def stored_name(self, name: str) -> str:
-        """Returns the name that a block's tensor has in checkpoints, both relative to the block."""
+        """Returns the name that a tensor of the model has in checkpoints."""
         for own, other in self.stored:
             name = name.replace(own, other)
         return name

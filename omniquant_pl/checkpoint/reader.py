@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["Checkpoint", "TensorInfo"]
+__all__ = ["Checkpoint", "StoredPart", "TensorInfo"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -54,8 +55,25 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class StoredPart:
+    """What stands in a checkpoint for a tensor that is not stored by itself.
+
+    Attributes:
+        stored: Name of the stored tensor that it is, or is part of; ``None`` where zeros stand for it.
+        index: What is taken of the stored tensor; nothing: all of it.
+        zeros: Shape of the zeros.
+    """
+
+    stored: str | None
+    index: tuple[int | slice | Tensor, ...] = ()
+    zeros: tuple[int, ...] = ()
+
+
 class Checkpoint:
     """The weights of a model folder, in one safetensors file or in shards with an index.
+
+    Its tensors have the names that they are stored under, or those of a :meth:`view`.
 
     Args:
         folder: The model folder.
@@ -67,6 +85,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of = self._index()
+        self._parts = {name: StoredPart(name) for name in self._file_of}
 
     def _index(self) -> dict[str, str]:
         if (self.folder / _INDEX).is_file():
@@ -97,29 +116,46 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ConfigurationError("model.path", f"{self.folder / name} cannot be read: {error}") from error
 
+    def view(self, parts: Mapping[str, StoredPart]) -> Checkpoint:
+        """Returns the same checkpoint with other tensors, which are made of what is stored.
+
+        Args:
+            parts: Where the tensors are, by their names in the view.
+        """
+        view = copy.copy(self)
+        view._parts = dict(parts)
+        return view
+
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of that name."""
-        return name in self._file_of
+        return name in self._parts
 
     def names(self) -> tuple[str, ...]:
         """Returns all tensor names, sorted."""
-        return tuple(sorted(self._file_of))
+        return tuple(sorted(self._parts))
 
     def read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Reads some tensors in the dtype they are stored in, each file opened once.
+        """Reads some tensors in the dtype they are stored in, each file opened and each stored tensor read once.
 
         Raises:
             ConfigurationError: If one is missing or its file cannot be read.
         """
         for name in names:
-            if name not in self._file_of:
+            if name not in self._parts:
                 raise ConfigurationError("model.path", f"{self.folder} has no tensor {name}")
+        parts = {name: self._parts[name] for name in names}
+        stored = self._read_stored({part.stored for part in parts.values() if part.stored is not None})
+        return {
+            name: torch.zeros(part.zeros) if part.stored is None else stored[part.stored][part.index]
+            for name, part in parts.items()
+        }
+
+    def _read_stored(self, names: set[str]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for file_name in sorted({self._file_of[name] for name in names}):
-            wanted = [name for name in names if self._file_of[name] == file_name]
             with self._open(file_name) as file:
-                tensors |= {name: self._get(file, name) for name in wanted}
-        return {name: tensors[name] for name in names}
+                tensors |= {name: self._get(file, name) for name in names if self._file_of[name] == file_name}
+        return tensors
 
     def _get(self, file: safe_open, name: str) -> Tensor:
         try:
@@ -149,18 +185,23 @@ class Checkpoint:
         Raises:
             ConfigurationError: If the checkpoint, or the file that should hold it, has no such tensor.
         """
-        if name not in self._infos:
-            path = self.folder / self._file_of.get(name, "")
-            raise ConfigurationError("model.path", f"{path} has no tensor {name}")
-        return self._infos[name]
+        part = self._parts.get(name, StoredPart(name))
+        if part.stored is None:
+            return TensorInfo(part.zeros, "F32")
+        if part.stored not in self._infos:
+            path = self.folder / self._file_of.get(part.stored, "")
+            raise ConfigurationError("model.path", f"{path} has no tensor {part.stored}")
+        info = self._infos[part.stored]
+        return TensorInfo(tuple(torch.empty(info.shape, device="meta")[part.index].shape), info.dtype)
 
     def verify(self) -> None:
-        """Reads everything once and refuses what no calibration can mend.
+        """Reads everything that is stored once and refuses what no calibration can mend.
 
         Raises:
             ConfigurationError: If a tensor has a value that is not finite; it names the tensor.
         """
-        for name, tensor in self:
-            if self.describe(name).is_float and not bool(torch.isfinite(tensor).all()):
+        for name in sorted(self._file_of):
+            tensor = self._read_stored({name})[name]
+            if self._infos[name].is_float and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise ConfigurationError("model.path", f"{self.folder}: {count} values of {name} are NaN or infinite")

@@ -80,8 +80,9 @@ class SourceModel:
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self.folder = folder
         self._trust_remote_code = trust_remote_code
-        self.config = self._read_config()
-        self.family = family_of(self.config)
+        self._whole_config = self._read_config()
+        self.family = family_of(self._whole_config)
+        self.config = self._whole_config.get_text_config()
         self.attention = self.family.shape(self.config)
         self.checkpoint = Checkpoint(folder)
         self._model = self._build()
@@ -108,31 +109,34 @@ class SourceModel:
         """Builds the model without storage, but for what is computed and never stored (rotary frequencies)."""
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config,
+                self._whole_config,
                 attn_implementation=self.family.attention or ATTENTION,
                 dtype=torch.float32,
                 trust_remote_code=self._trust_remote_code,
             )
+        for name in self.family.unread:
+            model.set_submodule(name, nn.Identity())
         for module in model.modules():
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                module.to_empty(device="cpu", recurse=False)
+            without_storage = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+            for name in without_storage:
+                setattr(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
+            if without_storage:
                 model._init_weights(module)
         model.eval().requires_grad_(False)
         return model
 
     def _stored_name(self, name: str) -> str:
         """Name of a tensor in the checkpoint, which may have been saved without the language-model head around it."""
-        if name not in self.checkpoint:
-            without_prefix = name.removeprefix(f"{self._model.base_model_prefix}.")
-            return without_prefix if without_prefix in self.checkpoint else name
-        return name
+        stored = self.family.stored_name(name)
+        without_prefix = stored.removeprefix(f"{self._model.base_model_prefix}.")
+        return next((found for found in (stored, without_prefix, name) if found in self.checkpoint), stored)
 
     def _read(self, stored: Mapping[str, str]) -> dict[str, Tensor]:
         tensors = self.checkpoint.read(tuple(stored.values()))
         return {name: tensors[stored_name].to(torch.float32) for name, stored_name in stored.items()}
 
     def _load_surroundings(self) -> None:
-        tied = set(self._model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
+        tied = set(self._model.all_tied_weights_keys) if self._whole_config.tie_word_embeddings else set()
         names = [name for name in self._model.state_dict() if name not in tied]
         self._assign(self._model, self._read({name: self._stored_name(name) for name in names}))
         if tied:
@@ -167,7 +171,7 @@ class SourceModel:
         return len(self._placeholders)
 
     def block_prefix(self, index: int) -> str:
-        """What the names of a block's tensors begin with in the checkpoint."""
+        """What the names of a block's tensors begin with in the model."""
         return f"{self.family.blocks}.{index}."
 
     def verify(self) -> None:
@@ -193,9 +197,8 @@ class SourceModel:
 
     def stored_names(self, index: int) -> dict[str, str]:
         """Names of one block's tensors in the checkpoint, by their names inside the block."""
-        prefix, family = self.block_prefix(index), self.family
-        names = self._templates[index].state_dict()
-        return {name: self._stored_name(prefix + family.stored_name(name)) for name in names}
+        prefix = self.block_prefix(index)
+        return {name: self._stored_name(prefix + name) for name in self._templates[index].state_dict()}
 
     @property
     def surrounding_names(self) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from omniquant_pl.nn.attention import AttentionInputs
+from omniquant_pl.nn.attention import ATTENTION, AttentionInputs
+from omniquant_pl.nn.interception import intercept_attention
 from omniquant_pl.nn.linear import QuantLinear
 from omniquant_pl.spec import ActivationSpec
 
@@ -17,6 +18,11 @@ def _freeze(module: nn.Module) -> None:
             if parameter is not None:
                 del child._parameters[name]
                 child.register_buffer(name, parameter.detach(), persistent=False)
+
+
+def _asks_for_our_attention(module: nn.Module) -> bool:
+    """Whether a module gets its attention function from transformers' interface, by the name in its configuration."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == ATTENTION
 
 
 def prepare_block(
@@ -40,5 +46,9 @@ def prepare_block(
         block.set_submodule(name, QuantLinear.of(linear, activations))
     _freeze(block)
     if activations is not None:
-        block.get_submodule(attention).add_module("attention_inputs", AttentionInputs(activations))
+        module, inputs = block.get_submodule(attention), AttentionInputs(activations)
+        if _asks_for_our_attention(module):
+            module.add_module("attention_inputs", inputs)
+        else:
+            intercept_attention(module, inputs)
     return block.eval()

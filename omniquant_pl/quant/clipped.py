@@ -31,6 +31,7 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         full_range: tuple[Tensor, Tensor] | None,
         bits: int,
         symmetric: bool,
+        offset: Tensor | None,
     ) -> Tensor:
         low_at = high_at = None
         if full_range is None:
@@ -40,18 +41,24 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         gamma = torch.sigmoid(upper)
         beta = gamma if lower is None else torch.sigmoid(lower)
         scale, zero_point = scale_and_zero_point(low * beta, high * gamma, bits, symmetric)
-        ctx.save_for_backward(rows, scale, zero_point, low, high, gamma, beta, low_at, high_at)
+        if offset is not None:
+            rows = torch.addcmul(rows, offset, scale)
+        ctx.save_for_backward(rows, scale, zero_point, low, high, gamma, beta, low_at, high_at, offset)
         ctx.bits, ctx.symmetric, ctx.is_shared = bits, symmetric, lower is None
         return ops.fake_quantize(rows, scale, zero_point, *code_limits(bits, symmetric))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, scale, zero_point, low, high, gamma, beta, low_at, high_at = ctx.saved_tensors
+        rows, scale, zero_point, low, high, gamma, beta, low_at, high_at, offset = ctx.saved_tensors
         limits = code_limits(ctx.bits, ctx.symmetric)
         grad_rows, grad_scale, grad_zero = ops.fake_quantize_backward(
             grad.contiguous(), rows, scale, zero_point, *limits
         )
+        grad_offset = None
+        if offset is not None:
+            grad_offset = grad_rows * scale
+            grad_scale = grad_scale + (grad_rows * offset).sum(1, keepdim=True)
         clipped_low = low * beta
         not_floored = scale > SMALLEST_SCALE
         if ctx.symmetric:
@@ -68,8 +75,8 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         grad_upper = grad_high * high * gamma * (1 - gamma)
         grad_lower = grad_low * low * beta * (1 - beta)
         if ctx.is_shared:
-            return grad_rows, grad_upper + grad_lower, None, None, None, None
-        return grad_rows, grad_upper, grad_lower, None, None, None
+            return grad_rows, grad_upper + grad_lower, None, None, None, None, grad_offset
+        return grad_rows, grad_upper, grad_lower, None, None, None, grad_offset
 
 
 def clipped_fake_quantize(
@@ -79,6 +86,7 @@ def clipped_fake_quantize(
     full_range: tuple[Tensor, Tensor] | None,
     bits: int,
     symmetric: bool,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Fake-quantizes rows with the shares of their range that clipping keeps (OmniQuant, equation 2).
 
@@ -90,11 +98,12 @@ def clipped_fake_quantize(
             computes them from the rows and passes gradients to the extremes (to the first of equal ones).
         bits: Code width.
         symmetric: Signed codes and no zero point.
+        offset: What is added to ``rows / scale`` before it is rounded, ``[rows, columns]``; ``None`` for nothing.
 
     Returns:
-        ``[rows, columns]``, differentiable in rows, upper and lower.
+        ``[rows, columns]``, differentiable in rows, upper, lower and offset.
     """
     result: Tensor = _ClippedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        rows, upper, lower, full_range, bits, symmetric
+        rows, upper, lower, full_range, bits, symmetric, offset
     )
     return result

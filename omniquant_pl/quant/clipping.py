@@ -35,16 +35,21 @@ class WeightQuantizer(nn.Module):
     """Quantizes one weight, with learnable clipping or with its full range (round-to-nearest).
 
     With clipping its parameters are ``upper`` and, for asymmetric codes, ``lower``: logits ``[out, groups]`` of the
-    shares of the range's two ends that are kept (OmniQuant, equation 2).
+    shares of the range's two ends that are kept (OmniQuant, equation 2). With learned rounding it has an ``offset``
+    ``[out, in]`` as well, which is added before a code is rounded (SignRound, arXiv 2309.05516, equation 3).
 
     Args:
         spec: Width, grouping, symmetry.
         shape: ``(out, in)`` of the weight.
-        clipping: Where the factors start; ``None`` keeps the full range and has no parameters.
+        clipping: Where the factors start; ``None`` keeps the full range.
+        rounds: Whether rounding is learned.
     """
 
-    def __init__(self, spec: WeightSpec, shape: tuple[int, int], clipping: ClippingSpec | None) -> None:
+    def __init__(
+        self, spec: WeightSpec, shape: tuple[int, int], clipping: ClippingSpec | None, rounds: bool = False
+    ) -> None:
         super().__init__()
+        self.offset = nn.Parameter(torch.zeros(shape)) if rounds else None
         self.spec = spec
         self.shape = shape
         self.group_size = group_size_of(spec, shape[1])
@@ -72,32 +77,46 @@ class WeightQuantizer(nn.Module):
         """Fake-quantizes a weight ``[out, in]``; ``full_range`` spares computing a constant range again."""
         bits, symmetric = self.spec.bits, self.spec.symmetric
         rows = to_rows(weight, self.group_size)
+        offset = None if self.offset is None else to_rows(self.offset, self.group_size)
         if self.upper is None:
             scale, zero_point = scale_and_zero_point(*(full_range or row_range(rows)), bits, symmetric)
+            if offset is not None:
+                rows = torch.addcmul(rows, offset, scale)
             result = fake_quantize(rows, scale, zero_point, *code_limits(bits, symmetric))
         else:
             lower = None if self.lower is None else self.lower.view(-1, 1)
-            result = clipped_fake_quantize(rows, self.upper.view(-1, 1), lower, full_range, bits, symmetric)
+            result = clipped_fake_quantize(rows, self.upper.view(-1, 1), lower, full_range, bits, symmetric, offset)
         return from_rows(result, *self.shape)
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, scale_dtype: torch.dtype, codes: Tensor | None = None) -> QuantizedWeight:
-        """Chooses the codes of a weight against the scale as it will be stored.
+    def project(self) -> None:
+        """Keeps the offsets within half a code."""
+        if self.offset is not None:
+            self.offset.clamp_(-0.5, 0.5)
+
+    @torch.no_grad()
+    def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns scale and zero point of a transformed weight ``[out, in]`` as they are stored, ``[out, groups]``."""
+        clipped = self._clipped(self.range_of(weight))
+        scale_dtype: torch.dtype = getattr(torch, self.spec.scale_dtype)
+        scale, zero_point = scale_and_zero_point(*clipped, self.spec.bits, self.spec.symmetric, scale_dtype)
+        scale = scale.view(self.shape[0], -1).to(scale_dtype)
+        return scale, None if self.spec.symmetric else zero_point.view(self.shape[0], -1).to(torch.uint8)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, codes: Tensor | None = None) -> QuantizedWeight:
+        """Chooses the codes of a weight against the scale as it is stored.
 
         Args:
             weight: ``[out, in]`` float32, transformed already.
-            scale_dtype: The dtype of the stored scales.
-            codes: Codes ``[out, in]`` that were chosen otherwise; ``None`` for the nearest.
+            codes: Codes ``[out, in]`` that were chosen otherwise; ``None`` for the nearest, after the learned offset.
         """
         bits, symmetric = self.spec.bits, self.spec.symmetric
-        clipped = self._clipped(self.range_of(weight))
-        scale, zero_point = scale_and_zero_point(*clipped, bits, symmetric, scale_dtype)
+        scale, zero_point = self.grid(weight)
         if codes is None:
-            nearest = quantize(to_rows(weight, self.group_size), scale, zero_point, bits, symmetric)
-            codes = from_rows(nearest, *self.shape)
-        return QuantizedWeight(
-            codes=codes.to(torch.int8 if symmetric else torch.uint8),
-            scale=scale.view(self.shape[0], -1).to(scale_dtype),
-            zero_point=None if symmetric else zero_point.view(self.shape[0], -1).to(torch.uint8),
-            group_size=self.group_size,
-        )
+            rows, row_scale = to_rows(weight, self.group_size), scale.to(weight.dtype).view(-1, 1)
+            if self.offset is not None:
+                rows = torch.addcmul(rows, to_rows(self.offset, self.group_size), row_scale)
+            row_zero = torch.zeros_like(row_scale) if zero_point is None else zero_point.to(weight.dtype).view(-1, 1)
+            codes = from_rows(quantize(rows, row_scale, row_zero, bits, symmetric), *self.shape)
+        return QuantizedWeight(codes.to(torch.int8 if symmetric else torch.uint8), scale, zero_point, self.group_size)

@@ -33,9 +33,8 @@ class InputMoment:
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
         """Adds the tokens of ``[..., in]``; computed in float32 whatever their dtype, under autocast too."""
-        with torch.autocast(values.device.type, enabled=False):
-            rows = values.reshape(-1, values.shape[-1]).float()
-            self.second.addmm_(rows.T, rows)
+        rows = values.reshape(-1, values.shape[-1]).float()
+        self.second.addmm_(rows.T, rows)  # autocast leaves in-place operations alone
         self.tokens += len(rows)
 
 

@@ -9,15 +9,15 @@ from omniquant_pl.spec import WeightSpec
 
 __all__ = ["bits_per_weight", "stored_bits"]
 
-_SCALE_BITS = 16
+_SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 
 def stored_bits(spec: WeightSpec, shape: tuple[int, ...]) -> int:
-    """Returns the bits of codes, 16-bit scales and zero points of a weight ``(out, in)``, packed without padding."""
+    """Returns the bits of codes, scales and zero points of a weight ``(out, in)``, packed without padding."""
     out_features, in_features = shape
     groups = out_features * -(-in_features // group_size_of(spec, in_features))
     zero_point_bits = 0 if spec.symmetric else spec.bits
-    return out_features * in_features * spec.bits + groups * (_SCALE_BITS + zero_point_bits)
+    return out_features * in_features * spec.bits + groups * (_SCALE_BITS[spec.scale_dtype] + zero_point_bits)
 
 
 def bits_per_weight(weights: Iterable[tuple[WeightSpec, tuple[int, ...]]]) -> float:

@@ -178,7 +178,8 @@ class NormedQueryToKey:
     """Declares the norms that queries and keys pass, head by head, before the rotary embedding.
 
     Attributes:
-        query_norm: Dotted name of the queries' norm; its ``weight`` is ``[head_dim]`` for all heads.
+        query_norm: Dotted name of the queries' norm; its ``weight`` is ``[head_dim]`` for all heads, its ``bias``, if
+            it has one, as well.
         key_norm: The keys' likewise.
         offset: What the norms add to their weights: 1 in Gemma.
     """
@@ -198,7 +199,7 @@ class NormedQueryToKey:
 
 
 class NormedQueryToKeyPair(Pair):
-    """Divides the queries' norm weight by the scale and multiplies the keys' by it; one scale ``[rotary_scales]``.
+    """Divides the queries' norm by the scale and multiplies the keys' by it; one scale ``[rotary_scales]``.
 
     Args:
         layout: The operators.
@@ -213,14 +214,17 @@ class NormedQueryToKeyPair(Pair):
     @property
     @override
     def changed(self) -> tuple[str, ...]:
-        return (f"{self.layout.query_norm}.weight", f"{self.layout.key_norm}.weight")
+        norms = (self.layout.query_norm, self.layout.key_norm)
+        return tuple(f"{name}.{kind}" for name in norms for kind in ("weight", "bias"))
 
     @override
     def apply_to(self, tensors: BlockTensors) -> None:
-        query, key = self.changed
         per_channel, offset = self.shape.spread_rotary(self.scale), self.layout.offset
-        tensors[query] = (tensors[query] + offset) / per_channel - offset
-        tensors[key] = (tensors[key] + offset) * per_channel - offset
+        for norm, factor in ((self.layout.query_norm, 1 / per_channel), (self.layout.key_norm, per_channel)):
+            weight, bias = f"{norm}.weight", f"{norm}.bias"
+            tensors[weight] = (tensors[weight] + offset) * factor - offset
+            if bias in tensors:
+                tensors[bias] = tensors[bias] * factor
 
     @override
     def initialize(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange], alpha: float) -> None:

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from omniquant_pl.arch import family_of
 from omniquant_pl.callbacks import FoldCallback
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.export import HfExport
 from omniquant_pl.factors import BlockFactors
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.nn.attention import capped_attention
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
@@ -30,6 +33,23 @@ class _Keep(FoldCallback):
 
     def on_block_end(self, trainer: Any, block: QuantizedBlock, result: Any) -> None:
         self.blocks.append(block)
+
+
+class _AttentionInputs(TorchFunctionMode):
+    """Keeps queries, keys and values of every call of torch's attention, and of ours with capped logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            self.seen.extend(args[:3])
+        return func(*args, **(kwargs or {}))
+
+    def capped(self, *args: Any) -> Tensor:
+        self.seen.extend(args[:3])
+        return capped_attention(*args)
 
 
 class FamilyContract:
@@ -58,12 +78,15 @@ class FamilyContract:
 
     def tokens(self, config: PretrainedConfig) -> Tensor:
         """Token ids `[3, 24]`."""
-        return torch.randint(2, config.vocab_size, (3, TOKENS), generator=torch.Generator().manual_seed(1))
+        vocabulary = config.get_text_config().vocab_size
+        return torch.randint(2, vocabulary, (3, TOKENS), generator=torch.Generator().manual_seed(1))
 
     def expected_logits(self, folder: Path, tokens: Tensor) -> Tensor:
-        """What transformers alone computes."""
+        """What transformers alone computes, with the attention that is written in the model's own file."""
+        attention = family_of(AutoConfig.from_pretrained(folder)).attention or "eager"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
         with torch.no_grad():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+            return model.eval()(tokens).logits
 
     def equivalence_error(self, config: PretrainedConfig) -> float:
         """Largest logit error, over the largest logit, under random scales and shifts of every pair."""
@@ -164,24 +187,23 @@ class FamilyContract:
         assert not torch.allclose(found, original, rtol=1e-3, atol=1e-3), "nothing was quantized"
         return float((found - calibrated).abs().max() / calibrated.abs().max())
 
-    def quantized_attention_inputs(self, config: PretrainedConfig, bits: int = 3) -> list[int]:
-        """Distinct values per token and head that attention sees for queries, keys and values at these bits."""
+    def quantized_attention_inputs(self, config: PretrainedConfig, bits: int = 2) -> list[int]:
+        """Distinct values per token and head that attention sees for queries, keys and values at these bits.
+
+        They are looked at where torch's attention is about to run, whoever calls it and whatever quantizes for it.
+        """
         folder, tokens = self.save(config), self.tokens(config)
         model = OmniQuantModel(str(folder), WeightSpec(8), ActivationSpec(bits))
         source = model.source
         tensors, call = source.block_tensors(0), source.calls(TOKENS)[0]
         block = model.round_to_nearest(0, tensors, call)
-        seen: list[Tensor] = []
-        original = nn.functional.scaled_dot_product_attention
-
-        def record(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-            seen.extend((query, key, value))
-            return original(query, key, value, *args, **options)
-
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(nn.functional, "scaled_dot_product_attention", record)
+        with _AttentionInputs() as attention, pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr("omniquant_pl.nn.attention.capped_attention", attention.capped)
             block(source.embed(tokens))
-        return [max(len(row.unique()) for row in states.reshape(-1, states.shape[-1])) for states in seen]
+        assert all(states.shape[-1] > 2**bits for states in attention.seen), "as many values as levels"
+        counts = [max(len(row.unique()) for row in states.flatten(0, -2)) for states in attention.seen]
+        assert max(counts) <= 2**bits
+        return counts
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from omniquant_pl.callbacks import NumericsGuard
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import ClippingSpec, TransformSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 Place = tuple[int, int, int]  # block, epoch as run (repeated ones count), step
-PARAMETER = "factors.quantizers.self_attn/o_proj.upper"
+PARAMETER = "blocks.0.factors.quantizers.self_attn/o_proj.upper"
 
 
 class Poison(CalibrationCallback):
@@ -34,7 +35,7 @@ class Poison(CalibrationCallback):
         self.starts: list[list[dict[str, Any]]] = []
         self.results: list[BlockResult] = []
 
-    def on_block_start(self, trainer: Any, block: BlockModule) -> None:
+    def on_block_start(self, trainer: Any, block: QuantizedBlock) -> None:
         self.starts.append([])
 
     def on_train_epoch_start(self, trainer: Any, pl_module: BlockModule) -> None:
@@ -53,7 +54,7 @@ class Poison(CalibrationCallback):
             pl_module.get_parameter(PARAMETER).grad[3] = self.value
         self.step += 1
 
-    def on_block_end(self, trainer: Any, block: BlockModule, result: BlockResult) -> None:
+    def on_block_end(self, trainer: Any, block: QuantizedBlock, result: BlockResult) -> None:
         self.results.append(result)
 
 

@@ -54,7 +54,7 @@ def test_codes_follow_the_formula(
 ) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     quantizer = WeightQuantizer(WeightSpec(bits, group, symmetric), shape, clipping=None)
-    found = quantizer.quantize(weight, torch.float16)
+    found = quantizer.quantize(weight)
     expected = reference_round_trip(weight.numpy(), bits, min(group or shape[1], shape[1]), symmetric)
     # float32 division may fall on the other side of a tie: at most one step, and rarely.
     steps = np.abs(found.dequantize().double().numpy() - expected)
@@ -68,7 +68,7 @@ def test_codes_follow_the_formula(
 def test_zero_point_stays_where_formats_can_store_it(bits: int, low: float, width: float, seed: int) -> None:
     weight = low + width * torch.rand(4, 16, generator=torch.Generator().manual_seed(seed))
     quantizer = WeightQuantizer(WeightSpec(bits), (4, 16), ClippingSpec())
-    found = quantizer.quantize(weight, torch.float16)
+    found = quantizer.quantize(weight)
     assert found.zero_point is not None
     assert int(found.zero_point.max()) <= 2**bits - 1
     assert int(found.codes.max()) <= 2**bits - 1
@@ -84,17 +84,17 @@ def test_sigmoid_of_the_factors_is_the_share_of_the_range() -> None:
         quantizer.lower.fill_(-0.2)
     gamma, beta = (1 / (1 + np.exp(-value)) for value in (0.3, -0.2))
     expected = reference_round_trip(weight.numpy(), 4, 16, False, gamma, beta)
-    assert np.allclose(quantizer.quantize(weight, torch.float16).dequantize().numpy(), expected, atol=1e-6)
+    assert np.allclose(quantizer.quantize(weight).dequantize().numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_folding_reproduces_training_up_to_the_stored_scale(symmetric: bool) -> None:
     weight = torch.randn(8, 50, generator=torch.Generator().manual_seed(1))
     quantizer = WeightQuantizer(WeightSpec(4, 16, symmetric), (8, 50), ClippingSpec())
+    exactly = WeightQuantizer(WeightSpec(4, 16, symmetric, "float32"), (8, 50), ClippingSpec())
     trained = quantizer(weight)
-    exact = quantizer.quantize(weight, torch.float32).dequantize()
-    assert torch.allclose(trained, exact, atol=1e-6)
-    stored = quantizer.quantize(weight, torch.float16)
+    assert torch.allclose(trained, exactly.quantize(weight).dequantize(), atol=1e-6)
+    stored = quantizer.quantize(weight)
     assert stored.scale.dtype == torch.float16
     assert (stored.dequantize() - trained).abs().max() < 2e-2
 

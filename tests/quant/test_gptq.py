@@ -30,7 +30,7 @@ def random_weight(shape: tuple[int, int], seed: int) -> Tensor:
 
 
 def rounded_to_nearest(weight: Tensor, spec: WeightSpec, clipping: ClippingSpec | None = None) -> QuantizedWeight:
-    return WeightQuantizer(spec, (weight.shape[0], weight.shape[1]), clipping).quantize(weight, torch.float16)
+    return WeightQuantizer(spec, (weight.shape[0], weight.shape[1]), clipping).quantize(weight)
 
 
 def reference_codes(
@@ -196,15 +196,18 @@ def test_the_damping_is_raised_where_the_moment_is_slightly_indefinite(caplog: p
     assert not caplog.records
 
 
-@pytest.mark.parametrize("off_diagonal", [5.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "moment",
+    [[[1.0, 5.0], [5.0, 1.0]], [[1.0, np.nan], [np.nan, 1.0]], [[1.0, np.inf], [np.inf, 1.0]], [[np.inf, 0], [0, 1.0]]],
+    ids=["indefinite", "nan", "infinite", "infinite power"],
+)
 def test_a_hopeless_moment_keeps_the_nearest_codes_and_says_so(
-    off_diagonal: float, caplog: pytest.LogCaptureFixture
+    moment: list[list[float]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    moment = torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])
     weight = random_weight((3, 2), 8)
     nearest = rounded_to_nearest(weight, WeightSpec(4))
     with caplog.at_level(logging.WARNING):
-        codes = gptq_codes(weight, moment, nearest, 4)
+        codes = gptq_codes(weight, torch.tensor(moment), nearest, 4)
     assert torch.equal(codes, nearest.codes)
     assert "not positive definite" in caplog.text
     assert "[3, 2]" in caplog.text

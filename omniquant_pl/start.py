@@ -1,0 +1,112 @@
+"""Where learning starts: the calibration set's statistics, another run's factors, or files of the original."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.factors import BlockFactors
+from omniquant_pl.original import OriginalParameters, OriginalStatistics
+from omniquant_pl.quant import ChannelRange
+from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.spec import TransformSpec
+
+__all__ = ["StartingPoint"]
+
+_log = logging.getLogger(__name__)
+
+
+class _LearnedFactors(Protocol):
+    def origin(self, index: int) -> str: ...
+
+    def load(self, index: int) -> dict[str, Tensor]: ...
+
+
+class _RunFactors:
+    """The factors of a finished run."""
+
+    def __init__(self, folder: RunFolder, blocks: int) -> None:
+        self._folder = folder
+        missing = [index for index in range(blocks) if not folder.factor_file(index).is_file()]
+        if missing:
+            path = folder.factor_file(missing[0])
+            raise ConfigurationError(
+                "model.parameters", f"{folder.path} is not the folder of a finished run: {path} is missing"
+            )
+
+    def origin(self, index: int) -> str:
+        return str(self._folder.factor_file(index))
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        return self._folder.load_factors(index, "model.parameters")
+
+
+class StartingPoint:
+    """Sets the factors of blocks before they learn.
+
+    Args:
+        source: The model.
+        parameters: Run folder, or an original ``omni_parameters.pth``, whose factors are taken over; ``None`` for
+            factors from activation statistics.
+        transform: Where those statistics come from, if not from the calibration set.
+
+    Raises:
+        ConfigurationError: If a file or folder cannot be used.
+    """
+
+    def __init__(self, source: SourceModel, parameters: str | None, transform: TransformSpec | None) -> None:
+        self._source = source
+        self._learned: _LearnedFactors | None = None
+        if parameters is not None:
+            path = Path(parameters)
+            is_original = path.suffix in (".pth", ".pt")
+            self._learned = (
+                OriginalParameters(path, source) if is_original else _RunFactors(RunFolder(path), len(source))
+            )
+        self._statistics: OriginalStatistics | None = None
+        if transform is not None and transform.scales is not None:
+            shifts = None if transform.shifts is None else Path(transform.shifts)
+            self._statistics = OriginalStatistics(Path(transform.scales), shifts)
+
+    @property
+    def needs_no_calibration(self) -> bool:
+        """Whether files alone decide, so that they can be tried before any work."""
+        return self._learned is not None or self._statistics is not None
+
+    def set(
+        self, index: int, factors: BlockFactors, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange]
+    ) -> None:
+        """Sets the factors of one block.
+
+        Args:
+            index: Position of the block.
+            factors: What is set.
+            tensors: The block's original tensors.
+            inputs: Input ranges of its linears in full precision.
+
+        Raises:
+            ConfigurationError: If factors or statistics do not fit the block.
+        """
+        if self._learned is not None:
+            factors.load(self._learned.load(index), self._learned.origin(index))
+            if factors.codes:
+                factors.codes = {}
+                _log.info("%s: scales and clipping are taken over, its codes are not", self._learned.origin(index))
+            return
+        if self._statistics is not None:
+            inputs = self._statistics.ranges(self._source.block_prefix(index), self._source.layouts[index].linears)
+            shapes = self._source.block_shapes(index)
+            for name, found in inputs.items():
+                if found.low.shape != (shapes[f"{name}.weight"][1],):
+                    message = f"{self._source.block_prefix(index)}{name} has {tuple(found.low.shape)} channels"
+                    raise ConfigurationError("model.transform.scales", message)
+            if not inputs:
+                message = f"the file has no linear whose name begins with {self._source.block_prefix(index)}"
+                raise ConfigurationError("model.transform.scales", message)
+        factors.initialize(tensors, inputs)
