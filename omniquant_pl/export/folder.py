@@ -15,6 +15,7 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "*processor_config.json",
     "vocab.*",
     "merges.txt",
     "*.model",
@@ -23,7 +24,7 @@ _COMPANIONS = (
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation configuration, chat template and licence of a model folder."""
+    """Copies tokenizer, image processor, generation configuration, chat template and licence of a model folder."""
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():

@@ -1,0 +1,57 @@
+"""Qwen3, dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PretrainedConfig, Qwen3Config
+
+from omniquant_pl.spec import ActivationSpec
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+
+CONFIGS = {
+    "qwen3": Qwen3Config(**TINY),
+    "qwen3-small": Qwen3Config(**(TINY | {"num_key_value_heads": 4}), tie_word_embeddings=True),
+    "qwen3-biases-sliding": Qwen3Config(
+        **TINY, attention_bias=True, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
+    "qwen3-yarn": Qwen3Config(**TINY, rope_parameters=YARN),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+class TestQwen3:
+    def test_equivalence(self, contract: Any, config: PretrainedConfig) -> None:
+        assert contract.equivalence_error(config) <= 1e-5
+
+    def test_linears(self, contract: Any, config: PretrainedConfig) -> None:
+        assert contract.unlisted(config) == set()
+
+    @pytest.mark.parametrize("activations", [None, ActivationSpec(6)], ids=["weights", "activations"])
+    def test_round_trip(self, contract: Any, config: PretrainedConfig, activations: ActivationSpec | None) -> None:
+        assert contract.round_trip_error(config, activations) <= 1e-5
+
+    def test_attention_inputs(self, contract: Any, config: PretrainedConfig) -> None:
+        assert max(contract.quantized_attention_inputs(config)) <= 8
+
+
+def test_shifts_need_biases(contract: Any) -> None:
+    assert contract.shifted(CONFIGS["qwen3"]) == set()
+    assert contract.shifted(CONFIGS["qwen3-biases-sliding"]) == {"self_attn.v_proj"}
