@@ -2,6 +2,7 @@
 
 from omniquant_pl.arch import falcon as _falcon
 from omniquant_pl.arch import gemma as _gemma
+from omniquant_pl.arch import internlm as _internlm
 from omniquant_pl.arch import llama as _llama
 from omniquant_pl.arch import mixtral as _mixtral
 from omniquant_pl.arch import opt as _opt
@@ -9,6 +10,7 @@ from omniquant_pl.arch import phi as _phi
 from omniquant_pl.arch import phi3 as _phi3
 from omniquant_pl.arch import qwen3 as _qwen3
 from omniquant_pl.arch import qwen_moe as _qwen_moe
+from omniquant_pl.arch.conversion import StoredPart, conversion_of
 from omniquant_pl.arch.layout import (
     BlockLayout,
     Experts,
@@ -18,15 +20,19 @@ from omniquant_pl.arch.layout import (
     register,
     registered_families,
 )
+from omniquant_pl.arch.moe import unfused_experts
 
 __all__ = [
     "BlockLayout",
     "Experts",
     "Family",
+    "StoredPart",
     "attention_shape",
+    "conversion_of",
     "family_of",
     "register",
     "registered_families",
+    "unfused_experts",
 ]
 
-del _falcon, _gemma, _llama, _mixtral, _opt, _phi, _phi3, _qwen3, _qwen_moe
+del _falcon, _gemma, _internlm, _llama, _mixtral, _opt, _phi, _phi3, _qwen3, _qwen_moe

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from omniquant_pl.arch import StoredPart
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["Checkpoint", "StoredPart", "TensorInfo"]
+__all__ = ["Checkpoint", "TensorInfo"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -53,21 +54,6 @@ class TensorInfo:
     def elements(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """What stands in a checkpoint for a tensor that is not stored by itself.
-
-    Attributes:
-        stored: Name of the stored tensor that it is, or is part of; ``None`` where zeros stand for it.
-        index: What is taken of the stored tensor; nothing: all of it.
-        zeros: Shape of the zeros.
-    """
-
-    stored: str | None
-    index: tuple[int | slice | Tensor, ...] = ()
-    zeros: tuple[int, ...] = ()
 
 
 class Checkpoint:
@@ -193,6 +179,10 @@ class Checkpoint:
             raise ConfigurationError("model.path", f"{path} has no tensor {part.stored}")
         info = self._infos[part.stored]
         return TensorInfo(tuple(torch.empty(info.shape, device="meta")[part.index].shape), info.dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of all tensors by name, without reading them."""
+        return {name: self.describe(name).shape for name in self.names()}
 
     def verify(self) -> None:
         """Reads everything that is stored once and refuses what no calibration can mend.

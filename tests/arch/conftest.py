@@ -148,16 +148,20 @@ class FamilyContract:
         return matrices - listed
 
     def round_trip_error(
-        self, config: PretrainedConfig, activations: ActivationSpec | None = None, **settings: Any
+        self,
+        config: PretrainedConfig,
+        activations: ActivationSpec | None = None,
+        stored_as: Path | None = None,
+        **settings: Any,
     ) -> float:
         """Calibrates, exports, loads in plain transformers: error against the calibrated blocks' logits.
 
         With quantized activations, which plain transformers does not have, only the weights are compared: the
-        calibrated blocks run with their inputs in full precision.
+        calibrated blocks run with their inputs in full precision. The same model may be read from another folder.
         """
         folder, tokens = self.save(config), self.tokens(config)
         model = OmniQuantModel(
-            str(folder), WeightSpec(4, 16), activations, transform=TransformSpec(mlp=True), **settings
+            str(stored_as or folder), WeightSpec(4, 16), activations, transform=TransformSpec(mlp=True), **settings
         )
         np.save(self.folder / "tokens.npy", tokens.numpy())
         keep = _Keep()

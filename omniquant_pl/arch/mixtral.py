@@ -1,0 +1,24 @@
+"""Mixtral: LLaMA's attention, and experts of which a router chooses some for every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omniquant_pl.arch.layout import BlockLayout, Experts, Family, register
+from omniquant_pl.arch.llama import LLAMA_BLOCK, LLAMA_HEAD
+from omniquant_pl.arch.moe import mixture_block
+
+__all__ = ["MIXTRAL"]
+
+_EXPERTS = Experts("mlp.experts", gate="w1", up="w3", down="w2")
+
+
+def _block(config: Any, _: int) -> BlockLayout:
+    return mixture_block(
+        LLAMA_BLOCK, "post_attention_layernorm", _EXPERTS, config.num_local_experts, routers=("mlp.gate",)
+    )
+
+
+MIXTRAL = Family(blocks="model.layers", block=_block, stored=(("mlp.", "block_sparse_moe."),), head=LLAMA_HEAD)
+
+register("mixtral", MIXTRAL)
