@@ -88,12 +88,12 @@ class MetricsCallback(CalibrationCallback):
 
 def _sizes(model: OmniQuantModel) -> dict[str, int]:
     """Bytes of the checkpoint as it is, and with packed codes, scales and zero points for the quantized weights."""
-    checkpoint, weights = model.source.checkpoint, model.quantized_weights
+    source, weights = model.source, model.quantized_weights
     full = quantized = 0
-    for name in checkpoint.names():
-        info = checkpoint.describe(name)
+    for name in {*source.checkpoint.names(), *source.surrounding_names}:
+        info = source.describe(name)
         size = info.elements * info.element_bytes
-        full += size
+        full += size if name in source.checkpoint else 0  # a rotation gives a tied head a weight of its own
         quantized += -(-stored_bits(*weights[name]) // 8) if name in weights else size
     return {"full_precision": full, "quantized": quantized}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,13 +28,21 @@ class BlockModule(LightningModule):
     Args:
         blocks: The blocks in order.
         learning: Learning rates and their schedule.
+        head: What makes logits of the last block's output. With it the loss is not the squared error but the
+            Kullback-Leibler divergence of the predicted tokens, ``KL(p_fp || p_q)``, mean over tokens.
 
     Attributes:
         steps: Optimizer steps that the schedule is spread over; set before the fit.
     """
 
-    def __init__(self, blocks: Sequence[QuantizedBlock], learning: LearningSpec) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[QuantizedBlock],
+        learning: LearningSpec,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self._head = head
         self.blocks = nn.ModuleList(blocks)
         self.learning = learning
         self.steps = 0
@@ -74,10 +82,18 @@ class BlockModule(LightningModule):
         """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``."""
         hidden, *targets = batch
         output = self(hidden).float()
-        loss = torch.stack([F.mse_loss(output, target) for target in targets]).sum()
+        loss = torch.stack([self._loss(output, target) for target in targets]).sum()
         self._loss_sum += loss.detach()
         self._loss_count += 1
         return loss
+
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if self._head is None:
+            return F.mse_loss(output, target)
+        with torch.no_grad():
+            expected = F.log_softmax(self._head(target).float(), dim=-1).flatten(0, 1)
+        found = F.log_softmax(self._head(output).float(), dim=-1).flatten(0, 1)
+        return F.kl_div(found, expected, reduction="batchmean", log_target=True)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -101,7 +117,7 @@ class BlockModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """AdamW, one group for the clipping factors and one for scales and shifts; the schedule, if any."""
+        """AdamW with a group for each kind of factors, and the schedule, if any."""
         rates, factors = self.learning, [block.factors for block in self._blocks]
         quantizers = [quantizer for each in factors for _, quantizer in each.named_quantizers()]
         clipping = [end for each in quantizers for end in (each.upper, each.lower) if end is not None]
@@ -110,6 +126,7 @@ class BlockModule(LightningModule):
         groups = [
             {"params": clipping, "lr": rates.clipping, "name": "clipping"},
             {"params": transform, "lr": rates.transform, "name": "transform"},
+            {"params": rounding, "lr": rates.rounding, "name": "rounding"},
         ]
         # Lightning cannot clip gradients under mixed precision for an optimizer that is fused.
         clips = self._trainer is not None and self._trainer.gradient_clip_val is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.activations import BatchOrder, StreamBatches, Streams, map_batches
+from omniquant_pl.arch import BlockLayout
 from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.hooks import BlockResult
@@ -23,6 +25,8 @@ from omniquant_pl.quant import ChannelRange, observe_inputs
 from omniquant_pl.quantized_block import QuantizedBlock
 
 __all__ = ["Calibration", "Engine"]
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -105,9 +109,25 @@ class Calibration:
         with observe_inputs(original, self._source.layouts[index].linears) as inputs:
             target = self._engine.map(lambda batch: call(original, batch), hidden)
         ranges = {name: ChannelRange(found.low.cpu(), found.high.cpu()) for name, found in inputs.items()}
-        block = self._model.block(index, tensors, call, ranges).to(self._engine.device)
+        block = self._model.block(index, tensors, call, ranges)
+        self._leave_unreached(block, ranges)
+        block = block.to(self._engine.device)
         self._engine.announce("on_block_start", block)
         return _Pending(block, tensors, target, seconds=time.perf_counter() - started)
+
+    def _leave_unreached(self, block: QuantizedBlock, reached: Collection[str]) -> None:
+        """Lets experts that no token has reached be rounded to nearest, unless their factors have learned before."""
+        layout = self._source.layouts[block.index]
+        unreached = [name for name in layout.linears if name not in reached]
+        if not unreached or self._model.start.is_learned:
+            return
+        block.factors.round_to_nearest(unreached)
+        _log.warning(
+            "block %d: %s reached by no calibration token; such weights are rounded to nearest in their full range; "
+            "more calibration samples reach more experts",
+            block.index,
+            _experts_of(unreached, layout),
+        )
 
     def _learn(self, window: Sequence[_Pending]) -> None:
         """Lets a window of blocks learn on the quantized stream in front of it; its time counts for the first."""
@@ -117,7 +137,10 @@ class Calibration:
         targets = [window[-1].target]
         if self._model.aug_loss:
             targets.append(self._augmented_target(window))
-        module = BlockModule([entry.block for entry in window], self._model.learning)
+        blocks = [entry.block for entry in window]
+        is_last = blocks[-1].index == len(self._source) - 1
+        head = self._source.logits if is_last and self._model.output_loss == "kl" else None
+        module = BlockModule(blocks, self._model.learning, head)
         self._engine.fit_block(module, StreamBatches((hidden, *targets), self._batch_size, self._order))
         for entry in window:
             entry.epochs += len(module.epoch_losses)
@@ -180,6 +203,14 @@ class _Pending:
     seconds: float
     loss_initial: float = math.nan
     epochs: int = 0
+
+
+def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
+    """Says which experts have these linears."""
+    assert layout.experts is not None  # every other linear is reached
+    module = f"{layout.experts.module}."
+    experts = sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})
+    return f"expert {experts[0]} was" if len(experts) == 1 else f"experts {', '.join(map(str, experts))} were"
 
 
 def _mean_square(values: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from omniquant_pl.transform import AttentionShape, Pair
 __all__ = ["BlockFactors", "FoldedBlock"]
 
 _CODES = ".codes"
+_FULL_RANGE = 20.0
+"""Logit whose sigmoid is one in float32: nothing is clipped."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,22 @@ class BlockFactors(nn.Module):
         for _, pair in self.named_pairs():
             assert self._transform is not None
             pair.initialize(tensors, inputs, self._transform.alpha)
+
+    @torch.no_grad()
+    def round_to_nearest(self, names: Collection[str]) -> None:
+        """Leaves linears at round-to-nearest in their full range: there is nothing that they could learn from.
+
+        Pairs all of whose readers are among them keep their initial scale.
+        """
+        for name, quantizer in self.named_quantizers():
+            if name in names:
+                for end in (quantizer.upper, quantizer.lower):
+                    if end is not None:
+                        end.fill_(_FULL_RANGE)
+                quantizer.requires_grad_(False)
+        for _, pair in self.named_pairs():
+            if pair.consumers and all(name in names for name in pair.consumers):
+                pair.requires_grad_(False)
 
     def project(self) -> None:
         """Returns scales and offsets to where they are allowed, after an optimizer step."""

@@ -22,7 +22,8 @@ class BlockResult:
         index: Position of the block.
         loss_initial: Mean squared error against the target before learning.
         loss_final: The same of the folded block.
-        relative_error_rtn: Error over the target's mean square of round-to-nearest, in the quantized stream.
+        relative_error_rtn: Error over the target's mean square of round-to-nearest, in the quantized stream; of the
+            rotated block with ``model.rotation``.
         relative_error: The same of the folded block.
         seconds: Time spent on the block.
         epochs: Epochs learned.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Literal
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from omniquant_pl.spec import (
     ActivationSpec,
     ClippingSpec,
     LearningSpec,
+    RotationSpec,
     ScheduleSpec,
     Scheme,
     TransformSpec,
@@ -38,8 +40,13 @@ class OmniQuantModel(LightningModule):
         activations: Quantization of linear and attention inputs; null leaves them in 16 bit.
         clipping: Learnable weight clipping; null turns it off.
         transform: Learnable equivalent transformation; null turns it off.
+        rotation: Hadamard rotations folded into the weights before anything is learned; null turns them off.
         aug_loss: Add the error against the full-precision block's output for the quantized stream's input.
         window: Consecutive blocks that learn together.
+        rounding: Which codes weights get. nearest; learned: with an offset per weight, learned along with the other
+            factors; gptq: chosen when a block is folded, each making up for the errors of those before it.
+        rounding_lr: AdamW learning rate of the offsets, in codes.
+        output_loss: Loss of the last block. mse: as every block; kl: divergence of the model's predictions.
         schedule: How the learning rates change over the steps of a block.
         weight_decay: AdamW weight decay of all factors.
         parameters: Run folder, or omni_parameters.pth of the original implementation, whose learned factors are the
@@ -54,8 +61,12 @@ class OmniQuantModel(LightningModule):
         activations: ActivationSpec | None = None,
         clipping: ClippingSpec | None = ClippingSpec(),  # noqa: B008 (frozen)
         transform: TransformSpec | None = None,
+        rotation: RotationSpec | None = None,
         aug_loss: bool = False,
         window: WindowSpec = WindowSpec(),  # noqa: B008 (frozen)
+        rounding: Literal["nearest", "learned", "gptq"] = "nearest",
+        rounding_lr: float = 1.0e-2,
+        output_loss: Literal["mse", "kl"] = "mse",
         schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
         weight_decay: float = 0.0,
         parameters: str | None = None,
@@ -66,13 +77,19 @@ class OmniQuantModel(LightningModule):
         self.scheme = Scheme(weights, activations)
         self.clipping = clipping
         self.transform = transform
+        self.rotation = rotation
         self.aug_loss = aug_loss
         self.window = window
+        self.rounding = rounding
+        self.output_loss = output_loss
+        if not 0 < rounding_lr <= 1:
+            raise ConfigurationError("model.rounding_lr", f"{rounding_lr} is not a number above 0 and at most 1")
         if weight_decay < 0:
             raise ConfigurationError("model.weight_decay", f"{weight_decay} is below 0")
         self.learning = LearningSpec(
             clipping=0.0 if clipping is None else clipping.lr,
             transform=0.0 if transform is None else transform.lr,
+            rounding=rounding_lr,
             weight_decay=weight_decay,
             schedule=schedule,
         )
@@ -81,11 +98,17 @@ class OmniQuantModel(LightningModule):
 
     @cached_property
     def source(self) -> SourceModel:
-        """The checkpoint, opened at first use.
+        """The checkpoint, opened at first use, and rotated if the model is to be.
 
         Raises:
             ConfigurationError: If it cannot be used.
         """
+        return SourceModel(locate_model(self.path), self._trust_remote_code, self.rotation)
+
+    def unrotated(self) -> SourceModel:
+        """Returns the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""
+        if self.rotation is None:
+            return self.source
         return SourceModel(locate_model(self.path), self._trust_remote_code)
 
     @cached_property
@@ -139,12 +162,17 @@ class OmniQuantModel(LightningModule):
             call: How the model calls it.
             inputs: Input ranges of its linears in full precision.
         """
-        block = self._block(index, tensors, call, self._factors(index, tensors, learned=True))
+        rounds = self.rounding == "learned"
+        block = self._block(index, tensors, call, self._factors(index, tensors, learned=True, rounds=rounds))
         self.start.set(index, block.factors, tensors, inputs)
         return block
 
     def round_to_nearest(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall) -> QuantizedBlock:
-        """Returns a block folded without clipping and without transformation: the true baseline."""
+        """Returns a block folded without clipping and without transformation: the true baseline.
+
+        It is that of the tensors: of a rotated block if they are :attr:`source`'s and it is rotated, which errors of
+        single blocks are compared with, and of the block as it is stored if they are those of :meth:`unrotated`.
+        """
         block = self._block(index, tensors, call, self._factors(index, tensors, learned=False))
         block.fold()
         return block
@@ -162,14 +190,14 @@ class OmniQuantModel(LightningModule):
         block.fold()
         return block
 
-    def _factors(self, index: int, tensors: Mapping[str, Tensor], learned: bool) -> BlockFactors:
+    def _factors(self, index: int, tensors: Mapping[str, Tensor], learned: bool, rounds: bool = False) -> BlockFactors:
         layout, heads, weights = self.source.layouts[index], self.source.attention, self.scheme.weights
         if not learned:
             return BlockFactors(layout, tensors, weights, heads)
         shift = self.transform is not None and self.transform.shift
         if shift is None:
             shift = self.scheme.activations is not None
-        return BlockFactors(layout, tensors, weights, heads, self.clipping, self.transform, shift)
+        return BlockFactors(layout, tensors, weights, heads, self.clipping, self.transform, shift, rounds)
 
     def _block(
         self, index: int, tensors: Mapping[str, Tensor], call: BlockCall, factors: BlockFactors

@@ -13,6 +13,7 @@ __all__ = [
     "ActivationSpec",
     "ClippingSpec",
     "LearningSpec",
+    "RotationSpec",
     "ScheduleSpec",
     "Scheme",
     "TransformSpec",
@@ -136,6 +137,30 @@ class TransformSpec:
 
 
 @dataclass(frozen=True)
+class RotationSpec:
+    """Hadamard matrices with random signs, folded into the weights before anything is learned (arXiv 2404.00456).
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    residual: bool = True
+    """Rotate the residual stream; an embedding and a head that share their weight come apart."""
+    values: bool = True
+    """Rotate the values of each attention head."""
+    seed: int = 0
+    """Of the signs."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "model.rotation.seed", f"{self.seed} is below 0")
+        _require(
+            self.residual or self.values,
+            "model.rotation",
+            "neither the residual stream nor the values are to be rotated; to turn it off set model.rotation to null",
+        )
+
+
+@dataclass(frozen=True)
 class ScheduleSpec:
     """How the learning rates change over the steps of a block.
 
@@ -197,6 +222,8 @@ class LearningSpec:
     """AdamW rate of the clipping factors."""
     transform: float = 0.0
     """AdamW rate of scales and shifts."""
+    rounding: float = 0.0
+    """AdamW rate of the offsets of learned rounding."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
     schedule: ScheduleSpec = ScheduleSpec()

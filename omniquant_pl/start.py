@@ -47,6 +47,12 @@ class _RunFactors:
         return self._folder.load_factors(index, "model.parameters")
 
 
+def _refuse_rotated(source: SourceModel, path: Path) -> None:
+    if source.is_rotated:
+        message = f"{path} belongs to the channels of the model as it is stored; set model.rotation to null"
+        raise ConfigurationError("model.rotation", message)
+
+
 class StartingPoint:
     """Sets the factors of blocks before they learn.
 
@@ -66,11 +72,14 @@ class StartingPoint:
         if parameters is not None:
             path = Path(parameters)
             is_original = path.suffix in (".pth", ".pt")
+            if is_original:
+                _refuse_rotated(source, path)
             self._learned = (
                 OriginalParameters(path, source) if is_original else _RunFactors(RunFolder(path), len(source))
             )
         self._statistics: OriginalStatistics | None = None
         if transform is not None and transform.scales is not None:
+            _refuse_rotated(source, Path(transform.scales))
             shifts = None if transform.shifts is None else Path(transform.shifts)
             self._statistics = OriginalStatistics(Path(transform.scales), shifts)
 
@@ -78,6 +87,11 @@ class StartingPoint:
     def needs_no_calibration(self) -> bool:
         """Whether files alone decide, so that they can be tried before any work."""
         return self._learned is not None or self._statistics is not None
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it is factors that have learned before."""
+        return self._learned is not None
 
     def set(
         self, index: int, factors: BlockFactors, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange]

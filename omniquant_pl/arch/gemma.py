@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omniquant_pl.arch.layout import BlockLayout, Family, PairLayout, register
@@ -38,11 +39,18 @@ def _refuse(config: Any) -> str | None:
 
 _PROJECTIONS = QueryToKey("self_attn.q_proj", "self_attn.k_proj")
 _NORMS = NormedQueryToKey("self_attn.q_norm", "self_attn.k_norm", offset=_OFFSET)
-_GEMMA_BLOCK = _layout("post_attention_layernorm", _PROJECTIONS)
+_GEMMA_BLOCK = replace(
+    _layout("post_attention_layernorm", _PROJECTIONS), writers=("self_attn.o_proj", "mlp.down_proj")
+)
 _GEMMA2_BLOCK = _layout("pre_feedforward_layernorm", _PROJECTIONS)
 _GEMMA3_BLOCK = _layout("pre_feedforward_layernorm", _NORMS)
 
-GEMMA = Family(blocks="model.layers", block=lambda config, index: _GEMMA_BLOCK, refuse=_refuse)
+GEMMA = Family(
+    blocks="model.layers",
+    block=lambda config, index: _GEMMA_BLOCK,
+    refuse=_refuse,
+    head=NormToLinears("model.norm", ("lm_head",), offset=_OFFSET),
+)
 GEMMA2 = Family(blocks="model.layers", block=lambda config, index: _GEMMA2_BLOCK, refuse=_refuse)
 GEMMA3 = Family(blocks="model.layers", block=lambda config, index: _GEMMA3_BLOCK, refuse=_refuse)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.transform import AttentionShape, Pair
+from omniquant_pl.transform import AttentionShape, NormToLinears, Pair
 
 __all__ = [
     "BlockLayout",
@@ -69,6 +69,7 @@ class BlockLayout:
         pairs: Pairs of the learnable equivalent transformation as in the paper.
         mlp_pairs: Further pairs that ``model.transform.mlp`` adds.
         experts: Experts to take apart; ``linears`` names the parts.
+        writers: Linears whose output is added to the residual stream, for families that name their ``head``.
     """
 
     attention: str
@@ -76,6 +77,7 @@ class BlockLayout:
     pairs: tuple[PairLayout, ...]
     mlp_pairs: tuple[PairLayout, ...] = ()
     experts: Experts | None = None
+    writers: tuple[str, ...] = ()
 
 
 def attention_shape(config: PretrainedConfig) -> AttentionShape:
@@ -99,6 +101,9 @@ class Family:
         attention: Attention implementation that the model is built with; ``None`` for the one whose inputs are
             quantized. Another is for families that do not ask transformers' attention interface.
         returns_tuple: Whether the model takes the first of what a block returns.
+        head: The final norm and the linear that computes the logits, by their names in the model, where the residual
+            stream can be rotated: RMSNorms without biases are all that reads it, the blocks' ``NormToLinears`` pairs
+            and this one, and the embedding and the blocks' ``writers`` are all that writes it.
     """
 
     blocks: str
@@ -109,6 +114,7 @@ class Family:
     unread: tuple[str, ...] = ()
     attention: str | None = None
     returns_tuple: bool = False
+    head: NormToLinears | None = None
 
     def stored_name(self, name: str) -> str:
         """Returns the name that a tensor of the model has in checkpoints."""

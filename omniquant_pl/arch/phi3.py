@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from omniquant_pl.arch.layout import BlockLayout, Family, attention_shape, register
+from omniquant_pl.arch.llama import LLAMA_HEAD
 from omniquant_pl.transform import AttentionShape, NormToLinears, Part, QueryToKey, UpToDown, ValueToOutput
 
 __all__ = ["PHI3"]
@@ -21,6 +22,7 @@ _BLOCK = BlockLayout(
         NormToLinears("post_attention_layernorm", (_GATE_UP,)),
     ),
     mlp_pairs=(UpToDown(Part(_GATE_UP, "up"), "mlp.down_proj"),),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
 )
 
 
@@ -30,6 +32,6 @@ def _shape(config: Any) -> AttentionShape:
     return AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, turned)
 
 
-PHI3 = Family(blocks="model.layers", block=lambda config, index: _BLOCK, shape=_shape)
+PHI3 = Family(blocks="model.layers", block=lambda config, index: _BLOCK, shape=_shape, head=LLAMA_HEAD)
 
 register("phi3", PHI3)

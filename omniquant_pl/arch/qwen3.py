@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from omniquant_pl.arch.layout import BlockLayout, Family, register
+from omniquant_pl.arch.llama import LLAMA_HEAD
 from omniquant_pl.transform import NormedQueryToKey, NormToLinears, UpToDown, ValueToOutput
 
 __all__ = ["QWEN3", "QWEN3_BLOCK"]
@@ -20,8 +21,9 @@ QWEN3_BLOCK = BlockLayout(
         NormToLinears("post_attention_layernorm", _GATE_UP),
     ),
     mlp_pairs=(UpToDown("mlp.up_proj", "mlp.down_proj"),),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
 )
 
-QWEN3 = Family(blocks="model.layers", block=lambda config, index: QWEN3_BLOCK)
+QWEN3 = Family(blocks="model.layers", block=lambda config, index: QWEN3_BLOCK, head=LLAMA_HEAD)
 
 register("qwen3", QWEN3)

@@ -8,7 +8,8 @@ then gives the blocks' inputs; handing the last placeholder an output gives the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +21,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from omniquant_pl.arch import BlockLayout, family_of
-from omniquant_pl.checkpoint.reader import Checkpoint
+from omniquant_pl.arch import BlockLayout, conversion_of, family_of, unfused_experts
+from omniquant_pl.checkpoint.reader import Checkpoint, TensorInfo
+from omniquant_pl.checkpoint.rotation import Rotation
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.nn import ATTENTION, UnfusedExperts
+from omniquant_pl.spec import RotationSpec
 
 __all__ = ["BlockCall", "SourceModel"]
 
@@ -72,38 +76,76 @@ class SourceModel:
     Args:
         folder: A transformers model folder with safetensors weights.
         trust_remote_code: Whether code that comes with the checkpoint may run.
+        rotation: Makes this the model with rotations folded into its weights; ``None`` for the model as it is stored.
+
+    Attributes:
+        config_json: What ``config.json`` says; of the family that the checkpoint is opened as, if that is another.
+        checkpoint: The tensors under the names of published checkpoints of that family.
 
     Raises:
         ConfigurationError: If the folder, its configuration or its weights cannot be used.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False, rotation: RotationSpec | None = None) -> None:
         self.folder = folder
         self._trust_remote_code = trust_remote_code
-        self._whole_config = self._read_config()
+        self.config_json = self._read_json()
+        converted = self._convert()
+        self._whole_config = self._read_config(converted is not None)
         self.family = family_of(self._whole_config)
         self.config = self._whole_config.get_text_config()
         self.attention = self.family.shape(self.config)
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = Checkpoint(folder) if converted is None else converted
         self._model = self._build()
         self._templates = cast(nn.ModuleList, self._model.get_submodule(self.family.blocks))
         self.layouts = [self.family.block(self.config, index) for index in range(len(self._templates))]
         for template, layout in zip(self._templates, self.layouts, strict=True):
             _unfuse_experts(template, layout)
+        self._find_experts()
         self._placeholders = [_Placeholder(self.family.returns_tuple) for _ in self._templates]
         self._model.set_submodule(self.family.blocks, nn.ModuleList(self._placeholders))
+        self._rotation = None if rotation is None else self._make_rotation(rotation)
+        self._untied: dict[str, str] = {}
         self._load_surroundings()
 
-    def _read_config(self) -> Any:
-        if not (self.folder / "config.json").is_file():
+    def _read_json(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        if not path.is_file():
             raise ConfigurationError("model.path", f"{self.folder} has no config.json; it is not a model folder")
         try:
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError("model.path", f"{path}: {error}") from error
+
+    def _convert(self) -> Checkpoint | None:
+        """Sees a checkpoint that is opened as another family's as one of that family, from here on."""
+        convert = conversion_of(self.config_json.get("model_type", ""))
+        if convert is None:
+            return None
+        checkpoint = Checkpoint(self.folder)
+        self.config_json, tensors = convert(self.config_json, checkpoint.shapes())
+        return checkpoint.view(tensors)
+
+    def _read_config(self, is_converted: bool) -> PretrainedConfig:
+        config: PretrainedConfig
+        try:
+            if is_converted:
+                config = AutoConfig.for_model(**self.config_json)
+            else:
+                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
         except (ValueError, OSError) as error:
             raise ConfigurationError("model.path", f"{self.folder / 'config.json'}: {error}") from error
         if getattr(config, "quantization_config", None):
             raise ConfigurationError("model.path", f"{self.folder} is quantized already; give the original checkpoint")
         return config
+
+    def _find_experts(self) -> None:
+        """Looks for experts where the checkpoint has them: one by one, or in 3-D tensors."""
+        experts = next((layout.experts for layout in self.layouts if layout.experts is not None), None)
+        if experts is not None:
+            tensors = unfused_experts(self.checkpoint.shapes(), experts, self.family.stored_name)
+            if tensors:
+                self.checkpoint = self.checkpoint.view(tensors)
 
     def _build(self) -> PreTrainedModel:
         """Builds the model without storage, but for what is computed and never stored (rotary frequencies)."""
@@ -135,20 +177,45 @@ class SourceModel:
         tensors = self.checkpoint.read(tuple(stored.values()))
         return {name: tensors[stored_name].to(torch.float32) for name, stored_name in stored.items()}
 
+    def _make_rotation(self, spec: RotationSpec) -> Rotation:
+        blocks = [(layout, self.block_shapes(index)) for index, layout in enumerate(self.layouts)]
+        return Rotation(spec, self.family, blocks, self.attention, self.config.hidden_size)
+
     def _load_surroundings(self) -> None:
-        tied = set(self._model.all_tied_weights_keys) if self._whole_config.tie_word_embeddings else set()
+        tied = dict(self._model.all_tied_weights_keys) if self._whole_config.tie_word_embeddings else {}
         names = [name for name in self._model.state_dict() if name not in tied]
-        self._assign(self._model, self._read({name: self._stored_name(name) for name in names}))
+        tensors = self._read({name: self._stored_name(name) for name in names})
+        self._refuse_shapes(self._model, tensors)
+        if self._rotation is not None and self._rotation.turns_residual:
+            tensors |= {name: tensors[owner] for name, owner in tied.items()}
+            tensors = self._rotation.surroundings(self._embedding_name(), tensors)
+            self._untie(tied)
+            tied = {}
+        self._assign(self._model, tensors)
         if tied:
             self._model.tie_weights()
 
+    def _embedding_name(self) -> str:
+        embedding = self._model.get_input_embeddings()
+        return next(f"{name}.weight" for name, module in self._model.named_modules() if module is embedding)
+
+    def _untie(self, tied: Mapping[str, str]) -> None:
+        """Gives tensors that were the same as others places of their own."""
+        if tied:
+            self._untied = {self._stored_name(name): self._stored_name(owner) for name, owner in tied.items()}
+            self.config_json = self.config_json | {"tie_word_embeddings": False}
+
     @staticmethod
-    def _assign(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    def _refuse_shapes(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         expected = module.state_dict()
         for name, tensor in tensors.items():
             if tensor.shape != expected[name].shape:
                 shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
                 raise ConfigurationError("model.path", f"{prefix}{name} has shape {shapes}")
+
+    @classmethod
+    def _assign(cls, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        cls._refuse_shapes(module, tensors, prefix)
         module.load_state_dict(dict(tensors), strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -160,6 +227,11 @@ class SourceModel:
         except (ValueError, OSError, KeyError):
             return None
         return cast(PreTrainedTokenizerBase, tokenizer)
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether rotations are folded into the weights."""
+        return self._rotation is not None
 
     @property
     def positions(self) -> int:
@@ -202,13 +274,24 @@ class SourceModel:
 
     @property
     def surrounding_names(self) -> tuple[str, ...]:
-        """Names of all stored tensors that are not in a block, sorted."""
+        """Names in checkpoints of all tensors that are not in a block, sorted."""
         inside = {name for index in range(len(self)) for name in self.stored_names(index).values()}
-        return tuple(name for name in self.checkpoint.names() if name not in inside)
+        return tuple(sorted({*self.checkpoint.names(), *self._untied} - inside))
+
+    def describe(self, name: str) -> TensorInfo:
+        """Returns shape and stored dtype of a tensor by its name in checkpoints."""
+        return self.checkpoint.describe(self._untied.get(name, name))
+
+    def surroundings(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields :attr:`surrounding_names` with their tensors: those of the model, and others as they are stored."""
+        loaded = {self._stored_name(name): tensor for name, tensor in self._model.state_dict().items()}
+        for name in self.surrounding_names:
+            yield name, loaded[name] if name in loaded else self.checkpoint.read((name,))[name]
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
-        """Reads one block's tensors in float32, by their names inside the block."""
-        return self._read(self.stored_names(index))
+        """Returns one block's tensors in float32, by their names inside the block."""
+        tensors = self._read(self.stored_names(index))
+        return tensors if self._rotation is None else self._rotation.block(self.layouts[index], tensors)
 
     def make_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Returns a block of the model's own class that holds these tensors (without copying them)."""
@@ -239,9 +322,8 @@ class SourceModel:
         assert received is not None
         return received
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits ``[batch, tokens, vocabulary]`` for the last block's output."""
+        """Returns the logits ``[batch, tokens, vocabulary]`` for the last block's output, differentiable in it."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         self._placeholders[-1].output = hidden
         try:

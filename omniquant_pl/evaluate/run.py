@@ -46,12 +46,15 @@ class Evaluation:
     def measure(self, variant: str) -> dict[str, float]:
         """Returns the perplexity of one of :data:`VARIANTS` by name of the evaluation set.
 
+        Round-to-nearest is the baseline of everything: of the model as it is stored, also if it is to be rotated.
+
         Raises:
             ConfigurationError: If the quantized variant is asked for and its factors are not all there.
         """
         build = self._builder(variant)
+        source = self._model.unrotated() if variant == "round_to_nearest" else self._model.source
         return {
-            name: perplexity(self._model.source, build, windows, self._device, self._context)
+            name: perplexity(source, build, windows, self._device, self._context)
             for name, windows in self._tokens.items()
         }
 

@@ -48,7 +48,8 @@ def model_card(model: OmniQuantModel, folder: RunFolder, storage: str) -> str:
         scheme=model.scheme.name,
         storage=storage,
         activations=_activations(model),
-        learned="learned " + " and ".join(learned) if learned else "nothing learned",
+        learned=("learned " + " and ".join(learned) if learned else "nothing learned")
+        + (", Hadamard rotations folded in" if model.rotation else ""),
         data=_data(config),
         perplexities=_perplexities(folder.read_metrics().get("perplexity", {})),
         command="The `config.yaml` of the run reproduces it: `python train.py fit --config config.yaml`.",

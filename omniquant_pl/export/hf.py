@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -55,12 +54,11 @@ class HfExport:
         names = list(source.surrounding_names)
         for index in range(len(source)):
             names += source.stored_names(index).values()
-        return {name: source.checkpoint.describe(name).elements * self._dtype.itemsize for name in names}
+        return {name: source.describe(name).elements * self._dtype.itemsize for name in names}
 
     def _tensors(self, model: OmniQuantModel, folder: RunFolder) -> Iterator[tuple[str, Tensor]]:
         source = model.source
-        for name in source.surrounding_names:
-            yield from source.checkpoint.read((name,)).items()
+        yield from source.surroundings()
         for index in range(len(source)):
             tensors = source.block_tensors(index)
             block = model.folded(index, tensors, BlockCall(), folder.load_factors(index))
@@ -68,6 +66,5 @@ class HfExport:
 
     def _config(self, source: SourceModel) -> dict[str, object]:
         """The source's own configuration with the new dtype."""
-        config: dict[str, object] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
+        config = {key: value for key, value in source.config_json.items() if key != "torch_dtype"}
         return config | {"dtype": self._dtype_name}
