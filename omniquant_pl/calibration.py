@@ -21,7 +21,7 @@ from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.hooks import BlockResult
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quant import ChannelRange, observe_inputs
+from omniquant_pl.quant import ChannelRange, observe_inputs, observe_samples
 from omniquant_pl.quantized_block import QuantizedBlock
 
 __all__ = ["Calibration", "Engine"]
@@ -106,10 +106,13 @@ class Calibration:
         tensors = self._source.block_tensors(index)
         original = self._source.make_block(index, tensors).to(self._engine.device)
         call = self._calls[index]
-        with observe_inputs(original, self._source.layouts[index].linears) as inputs:
+        linears = self._source.layouts[index].linears
+        sampled = linears if self._model.start.needs_samples else ()
+        with observe_inputs(original, linears) as inputs, observe_samples(original, sampled) as samples:
             target = self._engine.map(lambda batch: call(original, batch), hidden)
         ranges = {name: ChannelRange(found.low.cpu(), found.high.cpu()) for name, found in inputs.items()}
-        block = self._model.block(index, tensors, call, ranges)
+        rows = {name: found.rows.cpu() for name, found in samples.items()}
+        block = self._model.block(index, tensors, call, ranges, rows)
         self._leave_unreached(block, ranges)
         block = block.to(self._engine.device)
         self._engine.announce("on_block_start", block)
@@ -123,8 +126,8 @@ class Calibration:
             return
         block.factors.round_to_nearest(unreached)
         _log.warning(
-            "block %d: %s reached by no calibration token; such weights are rounded to nearest in their full range; "
-            "more calibration samples reach more experts",
+            "block %d: no calibration token reached these experts: %s; their weights are rounded to nearest in their "
+            "full range; more calibration samples reach more experts",
             block.index,
             _experts_of(unreached, layout),
         )
@@ -170,6 +173,8 @@ class Calibration:
         """Lets a block be folded, measures it and moves both streams behind it."""
         started = time.perf_counter()
         engine, block, hidden = self._engine, entry.block, self._streams.quantized
+        if self._model.rounding == "gptq":
+            block.choose_codes(lambda: engine.map(block, hidden))
         engine.announce("on_block_trained", block)
         if not block.is_folded:
             raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
@@ -206,11 +211,10 @@ class _Pending:
 
 
 def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
-    """Says which experts have these linears."""
+    """Returns the numbers of the experts that have these linears."""
     assert layout.experts is not None  # every other linear is reached
     module = f"{layout.experts.module}."
-    experts = sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})
-    return f"expert {experts[0]} was" if len(experts) == 1 else f"experts {', '.join(map(str, experts))} were"
+    return ", ".join(map(str, sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})))
 
 
 def _mean_square(values: Tensor) -> float:

@@ -58,6 +58,21 @@ class Poison(CalibrationCallback):
         self.results.append(result)
 
 
+class Withhold(Callback):
+    """Takes a gradient away in some steps, as of an expert that a batch does not reach."""
+
+    def __init__(self, steps: Collection[int]) -> None:
+        self.steps = steps
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: BlockModule) -> None:
+        self.step = 0
+
+    def on_after_backward(self, trainer: Any, pl_module: BlockModule) -> None:
+        if self.step in self.steps:
+            pl_module.get_parameter(PARAMETER).grad = None
+        self.step += 1
+
+
 def factors_in(trainer: SequentialTrainer) -> list[dict[str, torch.Tensor]]:
     return [load_file(path) for path in sorted(trainer.run_folder.blocks.iterdir())]
 
@@ -99,6 +114,40 @@ def test_one_bad_step_takes_its_epoch_back(
     assert "block 1, epoch 1, step 2" in warning
     assert PARAMETER in warning
     assert [result.epochs for result in poison.results] == [2, 2]  # learned, not run
+
+
+@pytest.mark.parametrize("steps", [{0}, {0, 3}, {1, 2}])
+def test_parameters_need_not_have_a_gradient_in_every_step(
+    calibrate: Callable[..., SequentialTrainer], caplog: pytest.LogCaptureFixture, steps: set[int]
+) -> None:
+    withhold, poison = Withhold(steps), Poison({(1, 1, 4)})
+    with caplog.at_level(logging.WARNING, logger="omniquant_pl.callbacks.numerics"):
+        calibrate("bad", withhold, poison, NumericsGuard())
+    _, bad, again = poison.starts[1]
+    assert_equal(again["factors"], bad["factors"])
+    assert_equal(again["moments"], bad["moments"])
+    (warning,) = [record.getMessage() for record in caplog.records if "finite" in record.message]
+    assert "block 1, epoch 1, step 4" in warning
+    assert PARAMETER in warning
+
+
+def test_a_parameter_that_first_gets_a_gradient_in_a_bad_epoch_forgets_it(
+    calibrate: Callable[..., SequentialTrainer],
+) -> None:
+    """No step of the first epoch reaches it: the optimizer has no moments of it to go back to."""
+
+    class FirstEpoch(Withhold):
+        def on_train_epoch_start(self, trainer: Any, pl_module: BlockModule) -> None:
+            super().on_train_epoch_start(trainer, pl_module)
+            self.steps = range(6) if len(poison.starts[-1]) == 0 else ()
+
+    poison = Poison({(0, 1, 5)})
+    calibrate("bad", FirstEpoch(()), poison, NumericsGuard())
+    first, bad, again = poison.starts[0]
+    assert_equal(bad["factors"][PARAMETER], first["factors"][PARAMETER])
+    assert_equal(again["factors"], bad["factors"])
+    assert_equal(again["moments"], bad["moments"])
+    assert len(again["moments"]) == len(first["factors"]) - 1
 
 
 def test_bad_first_epoch_starts_again_from_the_initial_factors(
