@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.errors import CalibrationError, ConfigurationError
-from omniquant_pl.quant import ChannelRange, QuantizedWeight, RowRange, WeightQuantizer
+from omniquant_pl.quant import QuantizedWeight, RowRange, WeightQuantizer, gptq_codes
 from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec
-from omniquant_pl.transform import AttentionShape, Pair
+from omniquant_pl.transform import AttentionShape, NormToLinears, Pair
 
 __all__ = ["BlockFactors", "FoldedBlock"]
 
@@ -48,6 +48,7 @@ class BlockFactors(nn.Module):
         rounds: Whether rounding is learned.
 
     Attributes:
+        shared_inputs: By the name of every linear, the one that stands for all that read the same.
         codes: Codes of linears ``[out, in]`` that are not the nearest ones.
     """
 
@@ -63,7 +64,6 @@ class BlockFactors(nn.Module):
         rounds: bool = False,
     ) -> None:
         super().__init__()
-        self._transform = transform
         pairs = () if transform is None else layout.pairs + (layout.mlp_pairs if transform.mlp else ())
         self.pairs = nn.ModuleDict({_key(pair.name): pair.build(tensors, attention, shift) for pair in pairs})
         self.quantizers = nn.ModuleDict()
@@ -72,6 +72,7 @@ class BlockFactors(nn.Module):
             spec = weights.of_linear(name)
             self.quantizers[_key(name)] = WeightQuantizer(spec, (out_features, in_features), clipping, rounds)
         self.codes: dict[str, Tensor] = {}
+        self.shared_inputs = _shared_inputs(layout)
         self._constant_ranges: dict[str, RowRange] = {}
 
     def named_pairs(self) -> Iterator[tuple[str, Pair]]:
@@ -85,12 +86,6 @@ class BlockFactors(nn.Module):
         for key, quantizer in self.quantizers.items():
             assert isinstance(quantizer, WeightQuantizer)
             yield _name(key), quantizer
-
-    def initialize(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange]) -> None:
-        """Sets the scales from the calibration set's activations and the weights."""
-        for _, pair in self.named_pairs():
-            assert self._transform is not None
-            pair.initialize(tensors, inputs, self._transform.alpha)
 
     @torch.no_grad()
     def round_to_nearest(self, names: Collection[str]) -> None:
@@ -142,6 +137,21 @@ class BlockFactors(nn.Module):
             weight = f"{name}.weight"
             result[weight] = quantizer(result[weight], self._constant_ranges.get(name))
         return result
+
+    @torch.no_grad()
+    def choose_codes(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Chooses codes that make up for each other's errors (GPTQ), for good.
+
+        Args:
+            tensors: The block's original tensors, on the CPU.
+            moments: Second moments ``[in, in]`` of the linears' inputs; a linear without one keeps its nearest codes.
+        """
+        transformed = self.transformed(tensors)
+        for name, quantizer in self.named_quantizers():
+            if name in moments:
+                weight = transformed[f"{name}.weight"]
+                nearest = quantizer.quantize(weight)
+                self.codes[name] = gptq_codes(weight, moments[name], nearest, quantizer.spec.bits)
 
     @torch.no_grad()
     def fold(self, tensors: Mapping[str, Tensor]) -> FoldedBlock:
@@ -217,6 +227,13 @@ class BlockFactors(nn.Module):
             for leaf, _ in owner.named_parameters()
             if leaf != "offset"
         }
+
+
+def _shared_inputs(layout: BlockLayout) -> dict[str, str]:
+    """A norm's linears read the same, unless a router stands between."""
+    groups = [pair.linears for pair in layout.pairs if isinstance(pair, NormToLinears) and not pair.others]
+    found = {name: name for name in layout.linears}
+    return found | {name: group[0] for group in groups for name in group}
 
 
 def _fits(owner: nn.Module, leaf: str, factor: Tensor) -> bool:

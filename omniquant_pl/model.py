@@ -118,7 +118,7 @@ class OmniQuantModel(LightningModule):
         Raises:
             ConfigurationError: If a file or folder that they start from cannot be used.
         """
-        return StartingPoint(self.source, self._start_from, self.transform)
+        return StartingPoint(self.source, self._start_from, self.clipping, self.transform, self.scheme.activations)
 
     def verify(self) -> None:
         """Opens and reads everything once.
@@ -134,7 +134,7 @@ class OmniQuantModel(LightningModule):
                 raise ConfigurationError(f"model.weights.bits_of.{kind}", f"this model's linears are: {known}")
         for index in range(len(self.source)) if self.start.needs_no_calibration else ():
             tensors = self.source.block_tensors(index)
-            self.start.set(index, self._factors(index, tensors, learned=True), tensors, {})
+            self.start.set(index, self._factors(index, tensors, learned=True), tensors, {}, {})
 
     @property
     def quantized_weights(self) -> dict[str, tuple[WeightSpec, tuple[int, ...]]]:
@@ -153,6 +153,7 @@ class OmniQuantModel(LightningModule):
         tensors: Mapping[str, Tensor],
         call: BlockCall,
         inputs: Mapping[str, ChannelRange],
+        samples: Mapping[str, Tensor] | None = None,
     ) -> QuantizedBlock:
         """Returns a block ready to learn.
 
@@ -161,10 +162,11 @@ class OmniQuantModel(LightningModule):
             tensors: Its original tensors.
             call: How the model calls it.
             inputs: Input ranges of its linears in full precision.
+            samples: Sampled inputs of its linears in full precision, where the starting point needs them.
         """
         rounds = self.rounding == "learned"
         block = self._block(index, tensors, call, self._factors(index, tensors, learned=True, rounds=rounds))
-        self.start.set(index, block.factors, tensors, inputs)
+        self.start.set(index, block.factors, tensors, inputs, samples or {})
         return block
 
     def round_to_nearest(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall) -> QuantizedBlock:

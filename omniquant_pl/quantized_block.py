@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +13,9 @@ from torch.func import functional_call
 from omniquant_pl.checkpoint import BlockCall
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.factors import BlockFactors, FoldedBlock
-from omniquant_pl.quant import QuantizedWeight
+from omniquant_pl.nn import QuantLinear
+from omniquant_pl.quant import QuantizedWeight, dynamic_fake_quantize, observe_moments
+from omniquant_pl.spec import ActivationSpec
 
 __all__ = ["QuantizedBlock"]
 
@@ -70,6 +74,31 @@ class QuantizedBlock(nn.Module):
         """Forgets what was kept for the steps: the block may move to another device."""
         self._originals = {}
         self.factors.release_ranges()
+
+    def choose_codes(self, run: Callable[[], object]) -> None:
+        """Chooses the codes with error compensation (GPTQ) on the inputs that the quantized block's linears get.
+
+        Args:
+            run: Runs the block over the calibration set.
+        """
+        activations = self._activations
+        transform = None
+        if activations is not None:
+            transform = partial(dynamic_fake_quantize, bits=activations.bits, symmetric=activations.symmetric)
+        shared = self.factors.shared_inputs
+        with observe_moments(self.network, sorted(set(shared.values())), transform) as moments:
+            run()
+        device = self.device
+        self.to("cpu")
+        self.factors.choose_codes(
+            self.tensors, {name: moments[key].second.cpu() for name, key in shared.items() if key in moments}
+        )
+        self.to(device)
+
+    @property
+    def _activations(self) -> ActivationSpec | None:
+        linears = (module for module in self.network.modules() if isinstance(module, QuantLinear))
+        return next(linears).activations
 
     def fold(self) -> FoldedBlock:
         """Puts the final, dequantized weights into the network; computed on the CPU whatever the device.

@@ -99,6 +99,8 @@ class ClippingSpec:
     """AdamW learning rate of the clipping factors."""
     initial: float = 4.0
     """Logit that the factors start from; sigmoid(4) = 0.982 of the full range."""
+    search: bool = False
+    """Start from the shares of the ranges with the least output error (AWQ) instead, at most sigmoid(initial)."""
 
     def __post_init__(self) -> None:
         _require_rate(self.lr, "model.clipping")
@@ -117,6 +119,9 @@ class TransformSpec:
     """AdamW learning rate of the channel scales."""
     alpha: float = 0.5
     """Migration strength of the initial scale, max|X|^alpha / max|W|^(1 - alpha); 0 to 1."""
+    initial: Literal["smoothquant", "search", "awq", "ones"] = "smoothquant"
+    """What scales start from. smoothquant: alpha; search: its alpha with the least output error; awq: the power of
+    mean|X| with the least output error; ones: no scale."""
     mlp: bool = False
     """Also scale between the up and down projections of a gated or a ReLU MLP (not in the paper)."""
     shift: bool | None = None

@@ -12,10 +12,11 @@ from torch import Tensor
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.factors import BlockFactors
+from omniquant_pl.initialization import initialize_clipping, initialize_scales
 from omniquant_pl.original import OriginalParameters, OriginalStatistics
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.spec import TransformSpec
+from omniquant_pl.spec import ActivationSpec, ClippingSpec, TransformSpec
 
 __all__ = ["StartingPoint"]
 
@@ -60,14 +61,26 @@ class StartingPoint:
         source: The model.
         parameters: Run folder, or an original ``omni_parameters.pth``, whose factors are taken over; ``None`` for
             factors from activation statistics.
-        transform: Where those statistics come from, if not from the calibration set.
+        clipping: Where clipping starts otherwise.
+        transform: Where scales start otherwise, and from whose statistics.
+        activations: How the linears quantize their inputs.
 
     Raises:
         ConfigurationError: If a file or folder cannot be used.
     """
 
-    def __init__(self, source: SourceModel, parameters: str | None, transform: TransformSpec | None) -> None:
+    def __init__(
+        self,
+        source: SourceModel,
+        parameters: str | None,
+        clipping: ClippingSpec | None,
+        transform: TransformSpec | None,
+        activations: ActivationSpec | None,
+    ) -> None:
         self._source = source
+        self._clipping = clipping
+        self._transform = transform
+        self._activations = activations
         self._learned: _LearnedFactors | None = None
         if parameters is not None:
             path = Path(parameters)
@@ -93,8 +106,21 @@ class StartingPoint:
         """Whether it is factors that have learned before."""
         return self._learned is not None
 
+    @property
+    def needs_samples(self) -> bool:
+        """Whether something is searched for, on sampled inputs of the linears."""
+        if self._learned is not None:
+            return False
+        scales = self._transform is not None and self._transform.initial in ("search", "awq")
+        return scales or (self._clipping is not None and self._clipping.search)
+
     def set(
-        self, index: int, factors: BlockFactors, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange]
+        self,
+        index: int,
+        factors: BlockFactors,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, ChannelRange],
+        samples: Mapping[str, Tensor],
     ) -> None:
         """Sets the factors of one block.
 
@@ -103,6 +129,7 @@ class StartingPoint:
             factors: What is set.
             tensors: The block's original tensors.
             inputs: Input ranges of its linears in full precision.
+            samples: Sampled inputs of its linears in full precision, where they are needed.
 
         Raises:
             ConfigurationError: If factors or statistics do not fit the block.
@@ -123,4 +150,7 @@ class StartingPoint:
             if not inputs:
                 message = f"the file has no linear whose name begins with {self._source.block_prefix(index)}"
                 raise ConfigurationError("model.transform.scales", message)
-        factors.initialize(tensors, inputs)
+        if self._transform is not None:
+            initialize_scales(factors, tensors, inputs, samples, self._transform, self._activations)
+        if self._clipping is not None and self._clipping.search:
+            initialize_clipping(factors, tensors, samples, self._clipping, self._activations)

@@ -55,7 +55,8 @@ class TestInstantiated:
 
     def test_scheme_is_the_name(self, path: Path, built: Any) -> None:
         trainer, model, _ = built
-        assert model.scheme.name == path.stem
+        assert model.scheme.name == path.stem.removesuffix("-rotated")
+        assert (model.rotation is not None) is path.stem.endswith("-rotated")
         assert trainer.run_folder.path == Path("runs") / path.stem
 
     def test_settings_are_the_published_ones(self, path: Path, built: Any) -> None:

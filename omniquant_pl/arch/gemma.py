@@ -39,9 +39,7 @@ def _refuse(config: Any) -> str | None:
 
 _PROJECTIONS = QueryToKey("self_attn.q_proj", "self_attn.k_proj")
 _NORMS = NormedQueryToKey("self_attn.q_norm", "self_attn.k_norm", offset=_OFFSET)
-_GEMMA_BLOCK = replace(
-    _layout("post_attention_layernorm", _PROJECTIONS), writers=("self_attn.o_proj", "mlp.down_proj")
-)
+_GEMMA_BLOCK = replace(_layout("post_attention_layernorm", _PROJECTIONS), writers=("self_attn.o_proj", "mlp.down_proj"))
 _GEMMA2_BLOCK = _layout("pre_feedforward_layernorm", _PROJECTIONS)
 _GEMMA3_BLOCK = _layout("pre_feedforward_layernorm", _NORMS)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,11 @@ from omniquant_pl.nn import ATTENTION, UnfusedExperts
 from omniquant_pl.spec import RotationSpec
 
 __all__ = ["BlockCall", "SourceModel"]
+
+_log = logging.getLogger(__name__)
+
+_NO_TOKENIZER = (ValueError, OSError, KeyError)
+_BROKEN_CODE = (AttributeError, ImportError, NotImplementedError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -221,10 +227,16 @@ class SourceModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The folder's tokenizer, or ``None`` where it has none (token ids can still be given)."""
+        """The folder's tokenizer, or ``None`` where it has none (token ids can still be given).
+
+        One that is code of its own runs only if that is trusted, and may be written for another transformers.
+        """
+        errors = _NO_TOKENIZER + (_BROKEN_CODE if self._trust_remote_code else ())
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
-        except (ValueError, OSError, KeyError):
+        except errors as error:
+            if isinstance(error, _BROKEN_CODE):
+                _log.warning("the tokenizer in %s does not run: %r", self.folder, error)
             return None
         return cast(PreTrainedTokenizerBase, tokenizer)
 

@@ -164,7 +164,10 @@ class CalibrationData(LightningDataModule):
     def _windows_of_text(self, spec: WindowSpec) -> Tensor:
         tokenizer = self._bound.tokenizer
         if tokenizer is None:
-            message = f"the model has no tokenizer to read '{spec.name}' with; give a .npy of ids"
+            message = (
+                f"the model has no tokenizer to read '{spec.name}' with; give a .npy of ids, or set "
+                "model.trust_remote_code to true if the tokenizer is code that comes with the model"
+            )
             raise ConfigurationError(key_of(spec.role), message)
         text = read_text(spec.name, spec.role)
         if not text.within_documents:

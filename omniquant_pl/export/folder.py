@@ -12,6 +12,7 @@ __all__ = ["copy_companions", "whole_folder"]
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
+    "tokenization_*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",

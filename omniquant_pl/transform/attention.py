@@ -83,15 +83,23 @@ class ValueToOutputPair(Pair):
         return (self.output,)
 
     @override
+    def spread(self, values: Tensor) -> Tensor:
+        return self.shape.spread(values)
+
+    @override
+    def gather(self, per_channel: Tensor) -> Tensor:
+        return self.shape.gather(per_channel)
+
+    @override
     def apply_to(self, tensors: BlockTensors) -> None:
         if self.shift is not None:
             bias, moved = tensors[f"{self.value}.bias"], -self.shift
             if self.rows is not None:
                 moved = torch.zeros_like(bias).index_put((self.rows,), moved)
             tensors[f"{self.value}.bias"] = bias + moved
-            add_shift(tensors, self.output, self.shape.spread(self.shift))
+            add_shift(tensors, self.output, self.spread(self.shift))
         scale_rows(tensors, self.value, 1 / self.scale, self.rows)
-        scale_columns(tensors, self.output, self.shape.spread(self.scale))
+        scale_columns(tensors, self.output, self.spread(self.scale))
 
     @override
     @torch.no_grad()
@@ -99,10 +107,10 @@ class ValueToOutputPair(Pair):
         activation = range_of(inputs, self.consumers)
         if activation is None:
             return
-        weight = self.shape.gather(tensors[f"{self.output}.weight"].abs().amax(0))
-        self.scale.copy_(initial_scale(self.shape.gather(activation.magnitude), weight, alpha))
+        weight = self.gather(tensors[f"{self.output}.weight"].abs().amax(0))
+        self.scale.copy_(initial_scale(self.gather(activation.magnitude), weight, alpha))
         if self.shift is not None:
-            high, low = self.shape.gather(activation.high), -self.shape.gather(-activation.low)
+            high, low = self.gather(activation.high), -self.gather(-activation.low)
             self.shift.copy_((high + low) / 2)
 
 

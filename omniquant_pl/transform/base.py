@@ -72,6 +72,14 @@ class Pair(nn.Module, ABC):
         """Names of the quantized linears that read the scaled output; empty where none does."""
         return ()
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Repeats values ``[channels]``, such as the scale, to the input channels of the consumers."""
+        return values
+
+    def gather(self, per_channel: Tensor) -> Tensor:
+        """Takes the largest of the input channels of the consumers that share a scale: ``[channels]``."""
+        return per_channel
+
     @torch.no_grad()
     def project(self) -> None:
         """Keeps the magnitude of the scale away from zero, its sign as it is; or the scale positive."""
