@@ -103,13 +103,13 @@ class OmniQuantModel(LightningModule):
         Raises:
             ConfigurationError: If it cannot be used.
         """
-        return SourceModel(locate_model(self.path), self._trust_remote_code, self.rotation)
+        return SourceModel(locate_model(self.path, self._trust_remote_code), self._trust_remote_code, self.rotation)
 
     def unrotated(self) -> SourceModel:
         """Returns the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""
         if self.rotation is None:
             return self.source
-        return SourceModel(locate_model(self.path), self._trust_remote_code)
+        return SourceModel(locate_model(self.path, self._trust_remote_code), self._trust_remote_code)
 
     @cached_property
     def start(self) -> StartingPoint:

@@ -9,7 +9,8 @@ from omniquant_pl.errors import ConfigurationError
 __all__ = ["embedded_models", "is_hub_id", "locate_model"]
 
 _EMBEDDED = Path(__file__).parent.parent / "models"
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.py"]
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+_CODE = ["*.py"]
 
 
 def embedded_models() -> tuple[str, ...]:
@@ -17,11 +18,12 @@ def embedded_models() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in _EMBEDDED.glob("*/config.json")))
 
 
-def locate_model(path: str) -> Path:
+def locate_model(path: str, with_code: bool = False) -> Path:
     """Returns the folder of an embedded model, a local folder, or a downloaded hub repository.
 
     Args:
         path: Name of an embedded model, path of a folder, or hub id ``owner/name``.
+        with_code: Whether Python code that comes with a hub repository is downloaded as well.
 
     Raises:
         ConfigurationError: If there is no such model.
@@ -37,7 +39,7 @@ def locate_model(path: str) -> Path:
             "model.path",
             f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}",
         )
-    return _download(path)
+    return _download(path, _HUB_FILES + (_CODE if with_code else []))
 
 
 def is_hub_id(path: str) -> bool:
@@ -45,12 +47,12 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigurationError(
             "model.path",

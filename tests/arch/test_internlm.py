@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, dynamic_module_utils
 
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
@@ -204,3 +207,56 @@ class TestRefused:
         path = rewritten.folder / "config.json"
         content = json.loads(path.read_text()) | changes
         path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+class TestTokenizer:
+    """InternLM's tokenizers are code that comes with the checkpoint."""
+
+    CODE = """
+from transformers import PreTrainedTokenizerFast
+
+class TinyTokenizer(PreTrainedTokenizerFast):
+    def __init__(self, **options):
+        super().__init__(**options)
+        SUPER
+"""
+
+    @pytest.fixture
+    def rewritten(self, contract: Any, monkeypatch: pytest.MonkeyPatch) -> Rewritten:
+        model = Rewritten(contract, "internlm2")
+        monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(contract.folder / "modules"))
+        monkeypatch.setattr(sys, "path", [*sys.path, str(contract.folder / "modules")])
+        words = {word: index for index, word in enumerate(["<unk>", "a", "b"])}
+        Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(model.folder / "tokenizer.json"))
+        settings = {"auto_map": {"AutoTokenizer": [None, "tokenization_tiny.TinyTokenizer"]}, "unk_token": "<unk>"}
+        settings["tokenizer_class"] = "TinyTokenizer"
+        (model.folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (model.folder / "tokenization_tiny.py").write_text(self.CODE.replace("SUPER", "self.ours = True"))
+        return model
+
+    def test_does_not_run_unless_it_is_trusted(self, contract: Any, rewritten: Rewritten) -> None:
+        """What transformers makes of a tokenizer.json without it is not the checkpoint's own."""
+        assert not hasattr(SourceModel(rewritten.folder).tokenizer, "ours")
+        (rewritten.folder / "tokenizer.json").unlink()
+        assert SourceModel(rewritten.folder).tokenizer is None
+        assert not (contract.folder / "modules").exists()
+
+    def test_runs_if_it_is_trusted(self, rewritten: Rewritten) -> None:
+        tokenizer = SourceModel(rewritten.folder, trust_remote_code=True).tokenizer
+        assert tokenizer is not None
+        assert tokenizer.ours
+        assert tokenizer("b")["input_ids"] == [2]
+
+    def test_code_for_another_transformers_is_no_tokenizer(
+        self, rewritten: Rewritten, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        broken = self.CODE.replace("SUPER", "self.no_such_method()")
+        (rewritten.folder / "tokenization_tiny.py").write_text(broken)
+        assert SourceModel(rewritten.folder, trust_remote_code=True).tokenizer is None
+        (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("omniquant_pl")]
+        assert "no_such_method" in message
+
+    def test_comes_with_the_export(self, contract: Any, rewritten: Rewritten) -> None:
+        assert contract.round_trip_error(rewritten.config, stored_as=rewritten.folder) <= 1e-5
+        exported = AutoTokenizer.from_pretrained(contract.folder / "exported", trust_remote_code=True)
+        assert exported("b")["input_ids"] == [2]

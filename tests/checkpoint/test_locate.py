@@ -66,17 +66,19 @@ def test_neither(embedded: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> 
     assert "large, small" in str(caught.value)
 
 
-def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_code", [False, True])
+def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_code: bool) -> None:
     asked = []
 
     def download(repository: str, allow_patterns: list[str]) -> str:
         asked.append(repository)
         assert "*.safetensors" in allow_patterns
-        assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in allow_patterns)
+        assert not any(pattern.endswith((".bin", ".pt")) for pattern in allow_patterns)
+        assert ("*.py" in allow_patterns) == with_code
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert locate_model("meta-llama/Llama-2-7b-hf") == tmp_path
+    assert locate_model("meta-llama/Llama-2-7b-hf", with_code) == tmp_path
     assert asked == ["meta-llama/Llama-2-7b-hf"]
 
 
