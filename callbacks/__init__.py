@@ -1,5 +1,6 @@
 """What happens around the calibration: folding, files, measurements, progress, numerics."""
 
+from omniquant_pl.callbacks.best import KeepBestState
 from omniquant_pl.callbacks.config import SaveConfig
 from omniquant_pl.callbacks.export import ExportCallback
 from omniquant_pl.callbacks.fold import FoldCallback
@@ -10,6 +11,7 @@ from omniquant_pl.callbacks.progress import ProgressCallback
 __all__ = [
     "ExportCallback",
     "FoldCallback",
+    "KeepBestState",
     "MetricsCallback",
     "NumericsGuard",
     "ProgressCallback",

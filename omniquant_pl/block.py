@@ -80,12 +80,16 @@ class BlockModule(LightningModule):
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``."""
-        hidden, *targets = batch
-        output = self(hidden).float()
-        loss = torch.stack([self._loss(output, target) for target in targets]).sum()
+        loss = self.loss(batch)
         self._loss_sum += loss.detach()
         self._loss_count += 1
         return loss
+
+    def loss(self, batch: Sequence[Tensor]) -> Tensor:
+        """Returns the loss of a batch, as :meth:`training_step` gets it."""
+        hidden, *targets = batch
+        output = self(hidden).float()
+        return torch.stack([self._loss(output, target) for target in targets]).sum()
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         if self._head is None:

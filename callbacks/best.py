@@ -1,0 +1,49 @@
+"""Keeps the factors with the least loss instead of the last ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from omniquant_pl.block import BlockModule
+from omniquant_pl.hooks import CalibrationCallback
+
+__all__ = ["KeepBestState"]
+
+
+class KeepBestState(CalibrationCallback):
+    """Measures the loss of the factors as they start and after every epoch, and ends a fit with the best.
+
+    The mean loss that a step sees is that of factors on the move; here they stand still, so each epoch costs another
+    forward pass over the calibration set. Add it to ``trainer.callbacks``.
+    """
+
+    def __init__(self) -> None:
+        self._least = math.inf
+        self._best: dict[str, Any] = {}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._least = math.inf
+        self._compare(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._compare(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.load_state_dict(self._best)
+
+    def _compare(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, BlockModule)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            losses = [module.loss(batch) * len(batch[0]) for batch in trainer.train_dataloader]
+        loss = float(torch.stack(losses).sum())
+        if loss < self._least:
+            self._least, self._best = loss, copy.deepcopy(module.state_dict())
