@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Conversion", "Converted", "Shapes", "StoredPart", "conversion_of", "register_conversion"]
+__all__ = [
+    "Conversion",
+    "Converted",
+    "Shapes",
+    "StoredPart",
+    "conversion_of",
+    "converted_families",
+    "register_conversion",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of stored tensors by name."""
@@ -54,6 +62,11 @@ _CONVERSIONS: dict[str, Conversion] = {}
 def register_conversion(model_type: str, conversion: Conversion) -> None:
     """Makes known how checkpoints of a family that transformers lacks are opened."""
     _CONVERSIONS[model_type] = conversion
+
+
+def converted_families() -> tuple[str, ...]:
+    """Returns every ``model_type`` whose checkpoints are opened as another family's."""
+    return tuple(_CONVERSIONS)
 
 
 def conversion_of(model_type: str) -> Conversion | None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from omniquant_pl.arch.conversion import converted_families
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.transform import AttentionShape, NormToLinears, Pair
 
@@ -138,8 +139,8 @@ def register(model_type: str, family: Family, **changes: Any) -> None:
 
 
 def registered_families() -> tuple[str, ...]:
-    """Returns every known ``model_type``, sorted."""
-    return tuple(sorted(_FAMILIES))
+    """Returns every known ``model_type``, sorted, those that are opened as another's among them."""
+    return tuple(sorted({*_FAMILIES, *converted_families()}))
 
 
 def family_of(config: PretrainedConfig) -> Family:

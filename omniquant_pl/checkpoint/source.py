@@ -231,7 +231,9 @@ class SourceModel:
 
         One that is code of its own runs only if that is trusted, and may be written for another transformers.
         """
-        errors = _NO_TOKENIZER + (_BROKEN_CODE if self._trust_remote_code else ())
+        errors: tuple[type[Exception], ...] = _NO_TOKENIZER
+        if self._trust_remote_code:
+            errors += _BROKEN_CODE
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
         except errors as error:

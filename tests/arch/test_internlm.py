@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, dynamic_module_utils
 
+from omniquant_pl.arch import registered_families
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
 
@@ -173,6 +174,10 @@ class TestInternLM:
         assert {name: tensor.shape for name, tensor in stored[0].items()} == {
             name: tensor.shape for name, tensor in stored[1].items()
         }
+
+
+def test_they_are_among_the_known_families() -> None:
+    assert {"internlm", "internlm2", "internlm3"} <= set(registered_families())
 
 
 class TestRefused:

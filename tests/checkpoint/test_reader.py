@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from omniquant_pl.arch import StoredPart
 from omniquant_pl.checkpoint import Checkpoint
 from omniquant_pl.errors import ConfigurationError
 
@@ -131,3 +132,39 @@ class TestDamaged:
         bad[2, 1:3] = value
         save_file({"good": torch.zeros(2), "bad": bad}, tmp_path / "model.safetensors")
         assert "2 values of bad are NaN or infinite" in message_of(tmp_path)
+
+
+class TestView:
+    @pytest.fixture
+    def view(self, single: Path) -> Checkpoint:
+        parts = {
+            "rows": StoredPart("a.weight", (torch.tensor([2, 0]),)),
+            "columns": StoredPart("a.weight", (slice(None), slice(4, None))),
+            "renamed": StoredPart("b.weight"),
+            "absent": StoredPart(None, zeros=(5,)),
+        }
+        return Checkpoint(single).view(parts)
+
+    def test_tensors_are_what_they_are_made_of(self, view: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
+        weight = tensors["a.weight"]
+        expected = {
+            "rows": torch.stack((weight[2], weight[0])),
+            "columns": weight[:, 4:],
+            "renamed": tensors["b.weight"],
+            "absent": torch.zeros(5),
+        }
+        assert view.names() == tuple(sorted(expected))
+        torch.testing.assert_close(view.read(tuple(expected)), expected, rtol=0, atol=0)
+        for name, tensor in expected.items():
+            assert view.describe(name).shape == view.shapes()[name] == tuple(tensor.shape)
+            assert view.describe(name).is_float
+
+    def test_what_it_is_made_of_is_not_in_it(self, view: Checkpoint) -> None:
+        assert "a.weight" not in view
+        with pytest.raises(ConfigurationError, match=r"has no tensor a\.weight"):
+            view.read(("a.weight",))
+
+    def test_the_checkpoint_itself_stays_as_it_is(self, single: Path, tensors: dict[str, torch.Tensor]) -> None:
+        checkpoint = Checkpoint(single)
+        checkpoint.view({"renamed": StoredPart("b.weight")})
+        assert checkpoint.names() == tuple(sorted(tensors))
