@@ -1,0 +1,207 @@
+"""Perplexity of every reference model and scheme, by this project's methods, the original and other tools.
+
+    python benchmarks/quality.py --reference FOLDER
+    python benchmarks/quality.py --reference FOLDER --ablation
+
+Every row of ``results.json`` in the reference folder is quantized from the same calibration tokens to the same bits and
+groups. ``paper`` has the settings written in that file, which the original ran with; ``best`` is
+``configs/best/<scheme>.yaml``; the others are baselines, without a training epoch. Figures of other tools are those of
+``benchmarks/peers.py`` where it has run, otherwise of the reference folder. Runs are kept and not repeated; the tables
+go to ``benchmarks/quality.md``, of whatever has been run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "benchmarks" / "quality.md"
+
+Settings = dict[str, Any]
+Row = dict[str, Any]
+
+
+def paper(row: Row) -> Settings:
+    """The settings that the original ran with."""
+    return {
+        "model.clipping": {"lr": 1e-2},
+        "model.transform": {"lr": 5e-3, "alpha": 0.5} if row["let"] else None,
+        "model.aug_loss": row["aug_loss"],
+        "trainer.max_epochs": row["epochs"],
+    }
+
+
+NO_EPOCHS: Settings = {"model.clipping": None, "model.transform": None, "trainer.max_epochs": 0}
+AWQ_CLIPPING = {"search": True, "initial": 20.0}  # sigmoid(20) is 1 in float32: a share of 1 keeps the whole range
+
+
+def smoothquant(row: Row) -> Settings:
+    """Scales between norms and linears, alpha chosen by output error; no clipping."""
+    del row
+    return NO_EPOCHS | {"model.transform": {"initial": "search"}}
+
+
+def awq(row: Row) -> Settings | None:
+    """Activation-aware scales and clipping; made for weights alone."""
+    if row["bits"][1] < 16:
+        return None
+    return NO_EPOCHS | {"model.transform": {"initial": "awq", "mlp": True}, "model.clipping": AWQ_CLIPPING}
+
+
+def gptq(row: Row) -> Settings:
+    """Codes that make up for each other's errors, on the full range."""
+    del row
+    return NO_EPOCHS | {"model.rounding": "gptq"}
+
+
+METHODS: dict[str, Callable[[Row], Settings | None]] = {
+    "smoothquant": smoothquant,
+    "awq": awq,
+    "gptq": gptq,
+    "paper": paper,
+    "best": lambda row: {},
+}
+
+
+def scheme_of(row: Row) -> str:
+    """Name of the row's scheme, for example ``w2a16g64``."""
+    return str(row["name"]).removeprefix(f"{row['model']}-")
+
+
+def rows_of(reference: Path) -> list[Row]:
+    """The original's rows, and those that only other tools have been run on."""
+    content = json.loads((reference / "results.json").read_text())
+    rows: list[Row] = content["original"]
+    known = {row["name"] for row in rows}
+    like = {scheme_of(row): row for row in rows if row["model"] == "llama"}
+    for name in sorted({peer["name"] for peer in content["peers"]} - known):
+        model, _, scheme = name.rpartition("-")
+        rows.append(like[scheme] | {"name": name, "model": model, "perplexity": None, "seconds": None})
+    return rows
+
+
+def command(row: Row, settings: Settings, reference: Path, folder: Path, config: Path | None) -> list[str]:
+    """Returns the command line of a run."""
+    weight_bits, activation_bits = row["bits"]
+    common = {
+        "model.path": reference / "models" / row["model"],
+        "model.weights.bits": weight_bits,
+        "model.weights.group_size": row["group_size"],
+        "model.activations": None if activation_bits == 16 else {"bits": activation_bits},
+        "data.dataset": reference / "calibration.npy",
+        "data.samples": 64,
+        "data.sequence_length": 256,
+        "data.evaluation": [str(reference / "evaluation.npy")],
+        "trainer.default_root_dir": folder,
+        "trainer.accelerator": "cpu",
+        "export.format": None,
+    }
+    flags = [f"--{key}={_text(value)}" for key, value in (common | settings).items()]
+    presets = [] if config is None else [f"--config={config}"]
+    return [sys.executable, str(ROOT / "train.py"), "fit", *presets, *flags]
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, Path) else json.dumps(value)
+
+
+def measure(row: Row, settings: Settings, reference: Path, folder: Path, config: Path | None = None) -> None:
+    """Runs a method on a row, unless that has been done."""
+    if result(folder) is None:
+        print(folder, flush=True)
+        subprocess.run(command(row, settings, reference, folder, config), check=True, stdout=subprocess.DEVNULL)
+
+
+def result(folder: Path) -> dict[str, float] | None:
+    """Perplexities and seconds of a finished run, ``None`` of any other."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return None
+    metrics = json.loads(path.read_text())
+    perplexity = metrics["perplexity"]["evaluation"]
+    if "quantized" not in perplexity:
+        return None
+    return {**perplexity, "seconds": metrics["seconds"]["calibration"]}
+
+
+def peers_of(reference: Path, runs: Path) -> dict[tuple[str, str], float]:
+    """Perplexities of other tools by row and tool."""
+    found: dict[tuple[str, str], float] = {}
+    own = runs / "peers" / "peers.json"
+    entries = json.loads((reference / "results.json").read_text())["peers"]
+    entries += json.loads(own.read_text()) if own.is_file() else []
+    for entry in entries:
+        if entry.get("perplexity") is not None:
+            found[entry["name"], _tool(entry["peer"])] = entry["perplexity"]
+    return found
+
+
+def _tool(peer: str) -> str:
+    """The tool without its version, which differs between files."""
+    words = peer.partition(",")[0].split()
+    return " ".join(word for word in words if not word[0].isdigit())
+
+
+def quality_table(rows: list[Row], reference: Path, runs: Path) -> list[str]:
+    """Lines of the table of all methods."""
+    peers = peers_of(reference, runs)
+    tools = sorted({tool for _, tool in peers})
+    head = ["model, scheme", "full precision", "RTN", "SmoothQuant", "AWQ", "GPTQ", *tools, "original", "paper", "best"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        own = {method: result(runs / method / row["name"]) for method in METHODS}
+        any_run = next((found for found in own.values() if found is not None), None)
+        if any_run is None:
+            continue
+        cells = [any_run["full_precision"], any_run["round_to_nearest"]]
+        cells += [None if own[m] is None else own[m]["quantized"] for m in ("smoothquant", "awq", "gptq")]
+        cells += [peers.get((row["name"], tool)) for tool in tools]
+        cells.append(row["perplexity"])
+        cells += [None if own[m] is None else own[m]["quantized"] for m in ("paper", "best")]
+        lines.append(f"| {row['name']} | " + " | ".join(_shown(cell) for cell in cells) + " |")
+    return lines
+
+
+def seconds_table(rows: list[Row], runs: Path) -> list[str]:
+    """Lines of the table of calibration times."""
+    lines = ["| model, scheme | original | paper | best |", "|---|---|---|---|"]
+    for row in rows:
+        own = [result(runs / method / row["name"]) for method in ("paper", "best")]
+        if any(own):
+            cells = [row["seconds"], *(None if found is None else found["seconds"] for found in own)]
+            lines.append(f"| {row['name']} | " + " | ".join("" if c is None else f"{c:.0f}" for c in cells) + " |")
+    return lines
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def main() -> None:
+    """Runs what is missing and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, required=True, help="folder with results.json, models/ and tokens")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--rows", nargs="*", help="names of rows; all by default")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--ablation", action="store_true", help="what each option buys, on the rows that ablation names")
+    options = parser.parse_args()
+    reference = options.reference.resolve()
+    rows = rows_of(reference)
+    for row in rows:
+        for method in () if options.rows is not None and row["name"] not in options.rows else options.methods:
+            settings = METHODS[method](row)
+            if settings is not None:
+                config = ROOT / "configs" / "best" / f"{scheme_of(row)}.yaml" if method == "best" else None
+                measure(row, settings, reference, options.runs / method / row["name"], config)
+    PAGE.write_text("\n".join(quality_table(rows, reference, options.runs)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
