@@ -108,7 +108,7 @@ def command(row: Row, settings: Settings, reference: Path, folder: Path, config:
 
 
 def _text(value: Any) -> str:
-    return str(value) if isinstance(value, Path) else json.dumps(value)
+    return str(value) if isinstance(value, Path | str) else json.dumps(value)
 
 
 def measure(row: Row, settings: Settings, reference: Path, folder: Path, config: Path | None = None) -> None:

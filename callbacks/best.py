@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from omniquant_pl.activations import StreamBatches
 from omniquant_pl.block import BlockModule
 from omniquant_pl.hooks import CalibrationCallback
 
@@ -43,7 +44,8 @@ class KeepBestState(CalibrationCallback):
     def _compare(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, BlockModule)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            losses = [module.loss(batch) * len(batch[0]) for batch in trainer.train_dataloader]
+            batches: StreamBatches = trainer.train_dataloader  # type: ignore[assignment]
+            losses = [module.loss(batch) * len(batch[0]) for batch in batches]
         loss = float(torch.stack(losses).sum())
         if loss < self._least:
             self._least, self._best = loss, copy.deepcopy(module.state_dict())

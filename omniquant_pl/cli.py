@@ -110,19 +110,19 @@ class OmniQuantCLI(LightningCLI):
 
 
 def find_config(name: str) -> str:
-    """Returns the path of a configuration; a name without a folder is also looked up among the presets.
+    """Returns the path of a configuration; a relative name is also looked up among the presets.
 
     Args:
-        name: What was given to ``--config``.
+        name: What was given to ``--config``, such as ``w4a4.yaml`` or ``best/w4a4.yaml``.
 
     Raises:
-        ConfigurationError: If a bare name is neither a file nor a preset.
+        ConfigurationError: If it is neither a file nor a preset.
     """
-    if Path(name).exists() or Path(name).name != name:
+    if Path(name).exists():
         return name
     found = next((folder / name for folder in _CONFIG_FOLDERS if (folder / name).is_file()), None)
     if found is None:
-        presets = sorted({path.name for folder in _CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+        presets = sorted({str(path.relative_to(f)) for f in _CONFIG_FOLDERS for path in f.rglob("*.yaml")})
         raise ConfigurationError("--config", f"there is no file {name!r}; presets: {', '.join(presets)}")
     return str(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +14,77 @@ from omniquant_pl.data import CalibrationData
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-PRESETS = [path for path in CONFIGS if path.parent.name == "configs"]
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+PRESETS = [path for path in CONFIGS if path.parent == FOLDER]
+BEST = [path for path in CONFIGS if path.parent.name == "best"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(FOLDER))
 
 
 def test_presets_are_those_of_the_design() -> None:
-    assert {path.stem for path in PRESETS} >= {
+    assert {path.stem for path in PRESETS} == {
         *("w2a16", "w2a16g64", "w2a16g128", "w3a16", "w3a16g128", "w4a16", "w4a16g128"),
         *("w6a6", "w4a4", "w8a8"),
     }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_first_line_is_the_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
-    assert first == f"# python train.py fit --config {path.name}"
+    assert first == f"# python train.py fit --config {name_of(path)}"
 
 
-class TestInstantiated:
-    @pytest.fixture(params=PRESETS, ids=lambda path: path.stem)
-    def path(self, request: pytest.FixtureRequest) -> Path:
-        return Path(request.param)
+@pytest.fixture
+def build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], tuple[SequentialTrainer, OmniQuantModel, CalibrationData]]:
+    """What a configuration's command builds, stopped before any work."""
+    built: list[Any] = []
 
-    @pytest.fixture
-    def built(
-        self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> tuple[SequentialTrainer, OmniQuantModel, CalibrationData]:
-        """What the command builds, stopped before any work."""
-        built: list[Any] = []
+    def fit_impl(trainer: Any, model: Any, _: Any, __: Any, data: Any, *___: Any) -> None:
+        built.extend((trainer, model, data))
 
-        def fit_impl(trainer: Any, model: Any, _: Any, __: Any, data: Any, *___: Any) -> None:
-            built.extend((trainer, model, data))
-
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(SequentialTrainer, "_fit_impl", fit_impl)
+    def build(path: Path) -> tuple[SequentialTrainer, OmniQuantModel, CalibrationData]:
         command = path.read_text().splitlines()[0].removeprefix("# python train.py ")
         run(command.split())
         assert list(tmp_path.iterdir()) == []
         trainer, model, data = built
+        assert trainer.run_folder.path == Path("runs") / Path(name_of(path)).with_suffix("")
         return trainer, model, data
 
-    def test_scheme_is_the_name(self, path: Path, built: Any) -> None:
-        trainer, model, _ = built
-        assert model.scheme.name == path.stem.removesuffix("-rotated")
-        assert (model.rotation is not None) is path.stem.endswith("-rotated")
-        assert trainer.run_folder.path == Path("runs") / path.stem
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SequentialTrainer, "_fit_impl", fit_impl)
+    return build
 
-    def test_settings_are_the_published_ones(self, path: Path, built: Any) -> None:
-        """METHOD, published settings, for the LLaMA family."""
-        trainer, model, data = built
-        weight_bits, activation_bits = map(int, re.findall(r"[wa](\d+)", path.stem))
-        assert trainer.epochs_per_block == (40 if weight_bits == 2 else 20)
-        assert model.aug_loss is (weight_bits == 2)
-        assert model.clipping.lr == 1e-2
-        assert (model.transform is None) is (activation_bits == 16)
-        if model.transform is not None:
-            assert (model.transform.lr, model.transform.alpha) == (5e-3, 0.5)
-        assert (data.samples, data.batch_size, data.shuffle) == (128, 1, False)
+
+@pytest.mark.parametrize("path", PRESETS, ids=name_of)
+def test_settings_are_the_published_ones(path: Path, build: Any) -> None:
+    """METHOD, published settings, for the LLaMA family."""
+    trainer, model, data = build(path)
+    assert model.scheme.name == path.stem
+    weight_bits, activation_bits = map(int, re.findall(r"[wa](\d+)", path.stem))
+    assert trainer.epochs_per_block == (40 if weight_bits == 2 else 20)
+    assert model.aug_loss is (weight_bits == 2)
+    assert model.clipping.lr == 1e-2
+    assert (model.transform is None) is (activation_bits == 16)
+    if model.transform is not None:
+        assert (model.transform.lr, model.transform.alpha) == (5e-3, 0.5)
+    assert (data.samples, data.batch_size, data.shuffle) == (128, 1, False)
+    assert (model.rounding, model.rotation, model.output_loss) == ("nearest", None, "mse")
+    assert (model.window.blocks, model.learning.schedule.is_constant) == (1, True)
+
+
+@pytest.mark.parametrize("path", BEST, ids=name_of)
+def test_best_presets_are_named_after_their_scheme(path: Path, build: Any) -> None:
+    _, model, _ = build(path)
+    assert model.scheme.name == path.stem
+    assert path.stem in {preset.stem for preset in PRESETS} | {"w4a16g64"}
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in PRESETS + BEST], ids=name_of)
+def test_every_option_beyond_the_paper_parses(path: Path, build: Any) -> None:
+    _, model, _ = build(path)
+    assert model.scheme.name in ("w2a16g64", "w4a4")

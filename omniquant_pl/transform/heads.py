@@ -86,7 +86,8 @@ class Part:
         place = ("query", "key", "value").index(self.kind)
         groups = shape.kv_heads if self.order == "grouped" else 1
         sizes = [shape.heads * shape.head_dim // groups, *[shape.kv_heads * shape.head_dim // groups] * 2]
-        return every.view(groups, -1).split(sizes, dim=1)[place].reshape(-1)
+        rows: Tensor = every.view(groups, -1).split(sizes, dim=1)[place]
+        return rows.reshape(-1)
 
 
 def linear_and_rows(
