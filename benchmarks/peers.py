@@ -1,0 +1,233 @@
+"""Perplexity of reference models quantized by other tools, each in an environment of its own.
+
+    python benchmarks/peers.py --reference FOLDER
+
+Every weight-only row of ``results.json`` in the reference folder goes to every tool: the same calibration tokens, bits
+and groups, asymmetric. Each tool hands back a plain float32 model, which is measured here, by one formula for all.
+Results are kept in ``peers.json`` in the runs folder and not repeated; a tool that cannot do a row says why there, and
+is asked again the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+WORKERS = Path(__file__).parent / "peers"
+TORCH = "torch==2.13.0"
+INSTALL_LIMIT = 600  # seconds, for the packages of one tool
+ROW_LIMIT = 3600  # seconds, for one row by one method
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another tool: what to install for it and what it is asked to do."""
+
+    version: str
+    worker: str
+    """Name of the file in ``benchmarks/peers``."""
+    packages: tuple[str, ...]
+    methods: dict[str, str]
+    """Names in the results, and the method that the worker is told."""
+
+
+PEERS = {
+    "auto-round": Peer("0.16.1", "with_auto_round.py", ("auto-round==0.16.1",), {"auto-round": "signround"}),
+    "gptqmodel": Peer("7.6.0", "with_gptqmodel.py", ("gptqmodel==7.6.0",), {"gptqmodel": "gptq"}),
+    "llm-compressor": Peer(
+        "0.14.0",
+        "with_llm_compressor.py",
+        ("llmcompressor==0.14.0", "transformers==5.17.0"),
+        {"llm-compressor GPTQ": "gptq", "llm-compressor AWQ": "awq"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A reference model and how its weights are quantized."""
+
+    name: str
+    model: str
+    bits: int
+    group_size: int | None
+    """Input channels that share a scale; ``None``: one scale per output channel."""
+
+
+def weight_only_rows(reference: Path) -> list[Row]:
+    """Returns the weight-only rows of the reference folder, in its order, without repetition."""
+    content = json.loads((reference / "results.json").read_text())
+    rows = {}
+    for name in (entry["name"] for entry in content["original"] + content["peers"]):
+        match = re.fullmatch(r"(.+)-w(\d+)a16(?:g(\d+))?", name)
+        if match is not None:
+            model, bits, group = match.groups()
+            rows[name] = Row(name, model, int(bits), None if group is None else int(group))
+    return list(rows.values())
+
+
+def install(name: str, folder: Path) -> Path:
+    """Makes the environment of a tool unless it is there.
+
+    torch goes first and is pinned in every call, so that no tool chooses another build of it.
+
+    Args:
+        name: Key of ``PEERS``.
+        folder: The tool's folder; receives ``venv`` and, when it is complete, the empty file ``installed``.
+
+    Returns:
+        The environment's interpreter.
+
+    Raises:
+        subprocess.SubprocessError: pip failed or took too long.
+    """
+    python = folder / "venv" / "bin" / "python"
+    if (folder / "installed").is_file():
+        return python
+    folder.mkdir(parents=True, exist_ok=True)
+    constraints = folder / "constraints.txt"
+    constraints.write_text(f"{TORCH}\n")
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    with (folder / "install.log").open("w") as log:
+        for packages in ((TORCH, "numpy", "setuptools", "wheel"), PEERS[name].packages):
+            pip = [python, "-m", "pip", "install", "--constraint", constraints, *packages]
+            subprocess.run(pip, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=INSTALL_LIMIT)
+    (folder / "installed").touch()
+    return python
+
+
+def quantize(python: Path, worker: Path, method: str, row: Row, reference: Path, folder: Path) -> None:
+    """Lets a tool quantize a row; its output goes to ``log.txt`` in the folder, the model to ``model``.
+
+    Raises:
+        subprocess.SubprocessError: The worker failed or took too long.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [python, worker, f"--model={reference / 'models' / row.model}", f"--bits={row.bits}"]
+    command += [f"--calibration={reference / 'calibration.npy'}", f"--method={method}", f"--output={folder / 'model'}"]
+    command += [] if row.group_size is None else [f"--group-size={row.group_size}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(
+            command, check=True, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=ROW_LIMIT
+        )
+
+
+@torch.no_grad()
+def perplexity(folder: Path, windows: torch.Tensor) -> float:
+    """Measures a plain model in float32.
+
+    Args:
+        folder: The model, as transformers reads it.
+        windows: Token ids ``[windows, length]``; the first token of each is not predicted.
+
+    Returns:
+        exp of the mean negative log-likelihood over all predicted tokens.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total = 0.0
+    for window in windows:
+        logits = model(input_ids=window[None]).logits[0, :-1]  # [length - 1, vocabulary]
+        total += F.cross_entropy(logits.double(), window[1:], reduction="sum").item()
+    return float(np.exp(total / (windows.numel() - len(windows))))
+
+
+def reason(error: subprocess.SubprocessError, log: Path) -> str:
+    """Returns the last line that a failed process wrote, or that it took too long."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"stopped after {error.timeout:.0f} s"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else str(error)
+
+
+class Results:
+    """The entries of ``peers.json``, one a row and method; the file is rewritten whole after each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.entries: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+
+    def done(self, row: str, peer: str, version: str) -> bool:
+        """Says whether this version of the tool has a perplexity for the row."""
+        key = (row, peer, version)
+        return any("perplexity" in entry and self._key(entry) == key for entry in self.entries)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Puts an entry in the place of the one with the same row and tool."""
+        self.entries = [old for old in self.entries if self._key(old)[:2] != self._key(entry)[:2]] + [entry]
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps(self.entries, indent=1) + "\n")
+        part.replace(self._path)
+
+    @staticmethod
+    def _key(entry: dict[str, Any]) -> tuple[str, str, str]:
+        return entry["name"], entry["peer"], entry["version"]
+
+
+def measure(name: str, rows: list[Row], reference: Path, runs: Path, results: Results) -> None:
+    """Runs one tool on the rows that it has no result for."""
+    peer = PEERS[name]
+    missing = [
+        (row, label) for row in rows for label in peer.methods if not results.done(row.name, label, peer.version)
+    ]
+    if not missing:
+        return
+    try:
+        python = install(name, runs / name)
+    except subprocess.SubprocessError as error:
+        why = "not installed: " + reason(error, runs / name / "install.log")
+        for row, label in missing:
+            results.add({"name": row.name, "peer": label, "version": peer.version, "error": why})
+        return
+    windows = torch.from_numpy(np.load(reference / "evaluation.npy")).long()
+    for row, label in missing:
+        method = peer.methods[label]
+        folder = runs / name / f"{row.name}-{method}"
+        entry: dict[str, Any] = {"name": row.name, "peer": label, "version": peer.version}
+        start = time.monotonic()
+        try:
+            quantize(python, WORKERS / peer.worker, method, row, reference, folder)
+            seconds = time.monotonic() - start  # of the process: loading included, measuring not
+            entry |= {"perplexity": round(perplexity(folder / "model", windows), 4), "seconds": round(seconds)}
+        except subprocess.SubprocessError as error:
+            entry["error"] = reason(error, folder / "log.txt")
+        results.add(entry)
+        print(json.dumps(entry), flush=True)
+
+
+def main() -> None:
+    """Runs what is missing and prints the results as a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, required=True, help="folder with results.json, models/ and tokens")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality" / "peers")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER")
+    parser.add_argument("--rows", nargs="*", help="names of rows; all weight-only rows by default")
+    options = parser.parse_args()
+    reference, runs = options.reference.resolve(), options.runs.resolve()
+    rows = [row for row in weight_only_rows(reference) if options.rows is None or row.name in options.rows]
+    runs.mkdir(parents=True, exist_ok=True)
+    results = Results(runs / "peers.json")
+    for name in options.peers:
+        measure(name, rows, reference, runs, results)
+    print("| model, scheme | tool | perplexity | s |\n|---|---|---|---|")
+    for entry in sorted(results.entries, key=lambda entry: (entry["name"], entry["peer"])):
+        shown = f"{entry['perplexity']:.2f} | {entry['seconds']}" if "perplexity" in entry else f"{entry['error']} |"
+        print(f"| {entry['name']} | {entry['peer']} {entry['version']} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()
