@@ -104,7 +104,7 @@ def install(name: str, folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     with (folder / "install.log").open("w") as log:
         for packages in ((TORCH, "numpy", "setuptools", "wheel"), PEERS[name].packages):
-            pip = [python, "-m", "pip", "install", "--constraint", constraints, *packages]
+            pip = [str(python), "-m", "pip", "install", "--constraint", str(constraints), *packages]
             subprocess.run(pip, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=INSTALL_LIMIT)
     (folder / "installed").touch()
     return python
@@ -117,7 +117,7 @@ def quantize(python: Path, worker: Path, method: str, row: Row, reference: Path,
         subprocess.SubprocessError: The worker failed or took too long.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [python, worker, f"--model={reference / 'models' / row.model}", f"--bits={row.bits}"]
+    command = [str(python), str(worker), f"--model={reference / 'models' / row.model}", f"--bits={row.bits}"]
     command += [f"--calibration={reference / 'calibration.npy'}", f"--method={method}", f"--output={folder / 'model'}"]
     command += [] if row.group_size is None else [f"--group-size={row.group_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -155,22 +155,25 @@ def reason(error: subprocess.SubprocessError, log: Path) -> str:
 
 
 class Results:
-    """The entries of ``peers.json``, one a row and method; the file is rewritten whole after each."""
+    """The entries of ``peers.json``, one a row and method; the file is read and rewritten whole for each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.entries: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Returns what the file holds."""
+        return json.loads(self._path.read_text()) if self._path.is_file() else []
 
     def done(self, row: str, peer: str, version: str) -> bool:
         """Says whether this version of the tool has a perplexity for the row."""
         key = (row, peer, version)
-        return any("perplexity" in entry and self._key(entry) == key for entry in self.entries)
+        return any("perplexity" in entry and self._key(entry) == key for entry in self.entries())
 
     def add(self, entry: dict[str, Any]) -> None:
         """Puts an entry in the place of the one with the same row and tool."""
-        self.entries = [old for old in self.entries if self._key(old)[:2] != self._key(entry)[:2]] + [entry]
+        entries = [old for old in self.entries() if self._key(old)[:2] != self._key(entry)[:2]] + [entry]
         part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.entries, indent=1) + "\n")
+        part.write_text(json.dumps(entries, indent=1) + "\n")
         part.replace(self._path)
 
     @staticmethod
@@ -224,7 +227,7 @@ def main() -> None:
     for name in options.peers:
         measure(name, rows, reference, runs, results)
     print("| model, scheme | tool | perplexity | s |\n|---|---|---|---|")
-    for entry in sorted(results.entries, key=lambda entry: (entry["name"], entry["peer"])):
+    for entry in sorted(results.entries(), key=lambda entry: (entry["name"], entry["peer"])):
         shown = f"{entry['perplexity']:.2f} | {entry['seconds']}" if "perplexity" in entry else f"{entry['error']} |"
         print(f"| {entry['name']} | {entry['peer']} {entry['version']} | {shown} |")
 

@@ -25,6 +25,7 @@ def signround(task: Task) -> dict[str, Tensor]:
         nsamples=len(task.tokens),
         batch_size=BATCH,
         amp=False,
+        enable_torch_compile=False,  # compiling takes longer than such small models do
         device_map="cpu",
     )
     model, _ = tool.quantize()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Task:
     output: Path
     """Folder for the plain model; its parent may hold what the tool writes."""
 
-    def plain_model(self) -> nn.Module:
+    def plain_model(self) -> PreTrainedModel:
         """Returns the full-precision model in float32."""
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
 
