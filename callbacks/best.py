@@ -30,7 +30,7 @@ class KeepBestState(CalibrationCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._least = math.inf
+        self._least, self._best = math.inf, copy.deepcopy(pl_module.state_dict())
         self._compare(trainer, pl_module)
 
     @override

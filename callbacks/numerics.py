@@ -90,10 +90,9 @@ class NumericsGuard(CalibrationCallback):
         factors, optimizer_state, schedules = self._good
         block.load_state_dict(factors)
         block.forget_epoch()
-        rates = [group["lr"] / 2 for group in trainer.optimizers[0].param_groups]
         trainer.optimizers[0].load_state_dict(optimizer_state)
-        for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group in trainer.optimizers[0].param_groups:  # its rates are those that the epoch began with
+            group["lr"] /= 2
         for config, state in zip(trainer.lr_scheduler_configs, schedules, strict=True):
             bases = [rate / 2 for rate in config.scheduler.base_lrs]
             config.scheduler.load_state_dict(state)

@@ -7,6 +7,7 @@ Everything here that leans on Lightning's private names is in :meth:`SequentialT
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,7 +127,7 @@ class SequentialTrainer(Trainer):
         # Lightning counts epochs over the trainer's life and would run none for a second block.
         self.fit_loop.max_epochs = self.current_epoch + self.epochs_per_block
         batches.sampler.start_block(self.current_epoch)
-        block.steps = self.epochs_per_block * len(batches)
+        block.steps = self._steps(len(batches))
         # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.
         for callback, state in self._early_stopping:
             callback.load_state_dict(copy.deepcopy(state))
@@ -135,6 +136,12 @@ class SequentialTrainer(Trainer):
         # Or Lightning would hold on to the block's streams until the next one comes.
         self.fit_loop._combined_loader = None
         self.fit_loop._data_source.instance = None
+
+    def _steps(self, batches: int) -> int:
+        """Optimizer steps of a block, for so many batches an epoch."""
+        limit = self.limit_train_batches
+        used = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return self.epochs_per_block * math.ceil(used / self.accumulate_grad_batches)
 
     def prepare(self, model: OmniQuantModel, data: CalibrationData) -> Tensor:
         """Opens model and data and refuses what cannot work, before any work.

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from omniquant_pl.block import BlockModule
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange, observe_inputs
 from omniquant_pl.quantized_block import QuantizedBlock
-from omniquant_pl.spec import ActivationSpec, ClippingSpec, TransformSpec, WeightSpec
+from omniquant_pl.spec import ActivationSpec, ClippingSpec, ScheduleSpec, TransformSpec, WeightSpec
+from omniquant_pl.trainer import SequentialTrainer
 
 TOKENS = 16
 
@@ -65,6 +71,87 @@ def test_each_kind_of_factor_has_its_own_rate(folder: Path) -> None:
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
 
 
+def test_offsets_have_a_rate_of_their_own(folder: Path) -> None:
+    model = OmniQuantModel(str(folder), transform=TransformSpec(), rounding="learned", rounding_lr=0.07)
+    block, hidden, target = make(model)
+    module = learner(model, block)
+    optimizer = module.configure_optimizers()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {"offset": 0.07, "scale": 5e-3, "upper": 1e-2, "lower": 1e-2}
+    assert len(rates) == len(list(module.parameters()))
+    for name, parameter in module.named_parameters():
+        assert rates[id(parameter)] == expected[name.rpartition(".")[2]], name
+    module.training_step((hidden, target), 0).backward()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+            parameter += 3.0 if name.endswith("offset") else 0.0
+    module.on_train_batch_end(None, None, 0)
+    offsets = [p for name, p in module.named_parameters() if name.endswith("offset")]
+    assert [tuple(offset.shape) for offset in offsets] == [
+        tuple(block.tensors[f"{name}.weight"].shape) for name, _ in block.factors.named_quantizers()
+    ]
+    assert all(bool((offset == 0.5).all()) for offset in offsets)
+
+
+def test_weight_decay_reaches_every_factor(folder: Path) -> None:
+    """A step without a gradient multiplies factors by ``1 - lr * decay`` (decoupled, arXiv 1711.05101)."""
+    model = OmniQuantModel(str(folder), transform=TransformSpec(lr=4e-3), rounding="learned", weight_decay=0.5)
+    block, _, _ = make(model)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.rand(parameter.shape))
+            parameter.grad = torch.zeros_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    learner(model, block).configure_optimizers().step()
+    for name, parameter in block.named_parameters():
+        rate = 4e-3 if name.endswith("scale") else 1e-2
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * rate))
+
+
+class Rates(Callback):
+    """The learning rates of every step, by fit and kind of factors."""
+
+    def __init__(self) -> None:
+        self.fits: list[dict[str, list[float]]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.fits.append({})
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            self.fits[-1].setdefault(group["name"], []).append(group["lr"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 3}],
+    ids=lambda options: next(iter(options), ""),
+)
+def test_rates_follow_the_schedule_over_the_steps_of_every_block(
+    folder: Path, fit: Callable[..., SequentialTrainer], options: dict[str, int]
+) -> None:
+    """Four epochs of six samples; fewer steps where gradients are accumulated or an epoch is cut short."""
+    rates = Rates()
+    model = OmniQuantModel(str(folder), transform=TransformSpec(lr=4e-3), schedule=ScheduleSpec(0.25, "cosine"))
+    fit(model, [rates], max_epochs=4, **options)
+    steps = 4 * (3 if options else 6)
+    rising = steps // 4
+    up = [(step + 1) / (rising + 1) for step in range(rising)]
+    down = [0.5 + 0.5 * math.cos(math.pi * step / (steps - rising)) for step in range(steps - rising)]
+    assert len(rates.fits) == 2
+    for found in rates.fits:
+        assert found["clipping"] == pytest.approx([1e-2 * factor for factor in up + down])
+        assert found["transform"] == pytest.approx([4e-3 * factor for factor in up + down])
+
+
+def test_without_a_schedule_rates_stay(folder: Path, fit: Callable[..., SequentialTrainer]) -> None:
+    rates = Rates()
+    fit(OmniQuantModel(str(folder)), [rates], {"samples": 2}, max_epochs=2)
+    assert rates.fits == [{"clipping": [1e-2] * 4}] * 2
+
+
 def test_loss_is_the_mean_squared_error_with_the_augmented_target_added(folder: Path) -> None:
     model = OmniQuantModel(str(folder), WeightSpec(3))
     block, hidden, target = make(model)
@@ -74,6 +161,40 @@ def test_loss_is_the_mean_squared_error_with_the_augmented_target_added(folder: 
     other = target + 1
     expected = float(F.mse_loss(output, target) + F.mse_loss(output, other))
     assert module.training_step((hidden, target, other), 0).item() == pytest.approx(expected)
+
+
+def test_the_loss_of_predictions_is_their_divergence(folder: Path) -> None:
+    """torch's own, of the logits that transformers' norm and head make: mean over all tokens of a batch."""
+    model = OmniQuantModel(str(folder), WeightSpec(3), output_loss="kl")
+    block, hidden, target = make(model)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def predictions(states: Tensor) -> Categorical:
+        return Categorical(logits=reference.lm_head(reference.model.norm(states)))
+
+    module = BlockModule([block], model.learning, model.source.logits)
+    with torch.no_grad():
+        output, other = block(hidden), target.flip(1)
+        one, two = (kl_divergence(predictions(t), predictions(output)) for t in (target, other))
+        assert one.shape == (2, TOKENS)
+        assert float(module.loss((hidden, target))) == pytest.approx(float(one.mean()), rel=1e-4)
+        assert float(module.loss((hidden, target, other))) == pytest.approx(float((one + two).mean()), rel=1e-4)
+        assert float(module.loss((hidden, output))) == pytest.approx(0, abs=1e-6)
+    module.loss((hidden, target)).backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in block.parameters())
+    assert all(not p.requires_grad for p in model.source._model.parameters())
+
+
+def test_widths_by_linear_are_those_of_the_codes(folder: Path) -> None:
+    model = OmniQuantModel(str(folder), WeightSpec(2, bits_of={"down_proj": 5, "v_proj": 3}))
+    block, _, _ = make(model)
+    with torch.no_grad():
+        trained = block.factors(block.tensors)
+    quantized = block.fold().quantized
+    for name, weight in quantized.items():
+        bits = {"mlp.down_proj": 5, "self_attn.v_proj": 3}.get(name, 2)
+        assert (int(weight.codes.min()), int(weight.codes.max())) == (0, 2**bits - 1), name
+        assert 2 ** (bits - 1) < max(len(row.unique()) for row in trained[f"{name}.weight"]) <= 2**bits, name
 
 
 @pytest.mark.parametrize("activations", [None, ActivationSpec(4)])

@@ -19,7 +19,7 @@ from omniquant_pl.errors import CalibrationError
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quantized_block import QuantizedBlock
-from omniquant_pl.spec import ClippingSpec, TransformSpec
+from omniquant_pl.spec import ClippingSpec, ScheduleSpec, TransformSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 Place = tuple[int, int, int]  # block, epoch as run (repeated ones count), step
@@ -114,6 +114,31 @@ def test_one_bad_step_takes_its_epoch_back(
     assert "block 1, epoch 1, step 2" in warning
     assert PARAMETER in warning
     assert [result.epochs for result in poison.results] == [2, 2]  # learned, not run
+
+
+@pytest.mark.parametrize(("decay", "bad_epoch"), [("none", 0), ("linear", 0), ("cosine", 1), ("linear", 2)])
+def test_an_epoch_taken_back_takes_its_part_of_the_schedule_back(
+    llama: Path, fit: Callable[..., SequentialTrainer], decay: Any, bad_epoch: int
+) -> None:
+    """Its steps, and all after them, run at half of what the schedule has for them."""
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.found: list[list[float]] = []
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.found.append([])
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            self.found[-1].append(optimizer.param_groups[0]["lr"])
+
+    rates, poison, schedule = Rates(), Poison({(0, bad_epoch, 2)}), ScheduleSpec(0.25, decay)
+    model = OmniQuantModel(str(llama), clipping=ClippingSpec(lr=1e-2), schedule=schedule)
+    fit(model, [rates, poison, NumericsGuard()], max_epochs=3)
+    planned = [1e-2 * schedule.factor(step, 18) for step in range(18)]
+    halves, begin = [rate / 2 for rate in planned], 6 * bad_epoch
+    assert rates.found[0] == pytest.approx(planned[: begin + 6] + halves[begin:])
+    assert rates.found[1] == pytest.approx(planned)
 
 
 @pytest.mark.parametrize("steps", [{0}, {0, 3}, {1, 2}])
