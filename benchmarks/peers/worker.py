@@ -31,7 +31,8 @@ class Task:
 
     def plain_model(self) -> PreTrainedModel:
         """Returns the full-precision model in float32."""
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        return model.eval()
 
 
 Quantizer = Callable[[Task], dict[str, Tensor]]
