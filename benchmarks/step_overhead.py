@@ -28,7 +28,7 @@ EPOCHS = 10
 
 
 def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the first block and its input and target for random tokens."""
+    """Returns what learns the first block, and its input and target for random tokens."""
     source = model.source
     length = source.positions
     tokens = torch.randint(0, source.config.vocab_size, (SAMPLES, length), generator=torch.Generator().manual_seed(0))
@@ -36,25 +36,25 @@ def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, 
     original = source.make_block(0, tensors)
     with torch.no_grad(), observe_inputs(original, source.layouts[0].linears) as inputs:
         target = call(original, hidden)
-    return model.block(0, tensors, call, inputs), (hidden, target)
+    return BlockModule([model.block(0, tensors, call, inputs)], model.learning), (hidden, target)
 
 
-def bare(block: BlockModule, batches: StreamBatches) -> float:
+def bare(module: BlockModule, batches: StreamBatches) -> float:
     """Returns seconds per step of a plain loop."""
-    optimizer = block.configure_optimizers()
-    block.factors.freeze_ranges(block.tensors)
+    optimizer = module.configure_optimizers()
+    module.on_fit_start()
     started = time.perf_counter()
     for _ in range(EPOCHS):
         for index, batch in enumerate(batches):
-            loss = block.training_step(batch, index)
+            loss = module.training_step(batch, index)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            block.factors.project()
+            module.on_train_batch_end(loss, batch, index)
     return (time.perf_counter() - started) / len(batches) / EPOCHS
 
 
-def under_lightning(block: BlockModule, batches: StreamBatches, folder: str) -> float:
+def under_lightning(module: BlockModule, batches: StreamBatches, folder: str) -> float:
     """Returns seconds per step of some epochs as a calibration runs them, the fixed cost per block included."""
     trainer = SequentialTrainer(
         max_epochs=EPOCHS,
@@ -66,10 +66,10 @@ def under_lightning(block: BlockModule, batches: StreamBatches, folder: str) -> 
         num_sanity_val_steps=0,
         accelerator="cpu",
     )
-    trainer.strategy._lightning_module = block
+    trainer.strategy._lightning_module = module
     trainer.state.fn = "fit"  # type: ignore[assignment]
     started = time.perf_counter()
-    trainer._fit_block(block, batches)
+    trainer._fit_block(module, batches)
     return (time.perf_counter() - started) / len(batches) / EPOCHS
 
 
@@ -84,11 +84,11 @@ def main() -> None:
     loops: dict[str, list[float]] = {"bare": [], "lightning": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repetitions):
-            block, tensors = make_block(model)
+            module, tensors = make_block(model)
             batches = StreamBatches(tensors, 1, BatchOrder(SAMPLES, 0, False))
-            loops["bare"].append(bare(block, batches) * 1e3)
-            block, tensors = make_block(model)
-            loops["lightning"].append(under_lightning(block, batches, folder) * 1e3)
+            loops["bare"].append(bare(module, batches) * 1e3)
+            module, tensors = make_block(model)
+            loops["lightning"].append(under_lightning(module, batches, folder) * 1e3)
     medians = {name: statistics.median(values) for name, values in loops.items()}
     print(f"{model.scheme.name}, {torch.get_num_threads()} threads, medians of {options.repetitions} in ms a step")
     print(", ".join(f"{name} {value:.2f}" for name, value in medians.items()))

@@ -188,8 +188,8 @@ class Calibration:
             index=block.index,
             loss_initial=entry.loss_initial,
             loss_final=loss,
-            relative_error_rtn=nearest_loss / power,
-            relative_error=loss / power,
+            relative_error_rtn=_relative(nearest_loss, power),
+            relative_error=_relative(loss, power),
             seconds=entry.seconds + time.perf_counter() - started,
             epochs=entry.epochs,
         )
@@ -215,6 +215,13 @@ def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
     assert layout.experts is not None  # every other linear is reached
     module = f"{layout.experts.module}."
     return ", ".join(map(str, sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})))
+
+
+def _relative(loss: float, power: float) -> float:
+    """An error over its target's power, which may be zero: of tokens whose embeddings are."""
+    if power == 0:
+        return 0.0 if loss == 0 else math.inf
+    return loss / power
 
 
 def _mean_square(values: Tensor) -> float:

@@ -171,7 +171,8 @@ class BlockFactors(nn.Module):
             quantized[name] = quantizer.quantize(result[f"{name}.weight"], self.codes.get(name))
             if not bool(torch.isfinite(quantized[name].scale).all()):
                 raise CalibrationError(
-                    f"{name}: its weights need scales beyond what {quantizer.spec.scale_dtype} can hold"
+                    f"{name}: its weights need scales beyond what {quantizer.spec.scale_dtype} can hold; "
+                    "set model.weights.scale_dtype to float32"
                 )
             if quantizer.offset is not None:
                 self.codes[name] = quantized[name].codes

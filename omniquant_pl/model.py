@@ -84,8 +84,8 @@ class OmniQuantModel(LightningModule):
         self.output_loss = output_loss
         if not 0 < rounding_lr <= 1:
             raise ConfigurationError("model.rounding_lr", f"{rounding_lr} is not a number above 0 and at most 1")
-        if weight_decay < 0:
-            raise ConfigurationError("model.weight_decay", f"{weight_decay} is below 0")
+        if not 0 <= weight_decay <= 1:
+            raise ConfigurationError("model.weight_decay", f"{weight_decay} is not a number from 0 to 1")
         self.learning = LearningSpec(
             clipping=0.0 if clipping is None else clipping.lr,
             transform=0.0 if transform is None else transform.lr,

@@ -58,16 +58,26 @@ class RunFolder:
         """
         if not (self.config.is_file() and any(self.blocks.glob("*.safetensors"))):
             return
-        try:
-            saved = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigurationError("trainer.default_root_dir", f"{self.config} is damaged: {error}") from error
+        saved = self.read_config()
         differing = [key for key in _deciding_keys(config) if _value(saved, key) != _value(config, key)]
         if differing:
             raise ConfigurationError(
                 "trainer.default_root_dir",
                 f"{self.path} holds a run with another {differing[0]}; choose another folder or delete that one",
             )
+
+    def read_config(self, key: str = "trainer.default_root_dir") -> dict[str, Any]:
+        """Returns the run's configuration, empty where it has none.
+
+        Raises:
+            ConfigurationError: If it is damaged; ``key`` is the setting that led here.
+        """
+        if not self.config.is_file():
+            return {}
+        try:
+            return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+            raise ConfigurationError(key, f"{self.config} is damaged: {error}") from error
 
     def factor_file(self, index: int) -> Path:
         """The file of one block's learned factors."""

@@ -104,7 +104,7 @@ class ClippingSpec:
 
     def __post_init__(self) -> None:
         _require_rate(self.lr, "model.clipping")
-        _require(math.isfinite(self.initial), "model.clipping.initial", f"{self.initial} is not a finite number")
+        _require(abs(self.initial) <= 100, "model.clipping.initial", f"{self.initial} is not a logit from -100 to 100")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class RotationSpec:
     """Of the signs."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "model.rotation.seed", f"{self.seed} is below 0")
+        _require(0 <= self.seed < 2**64, "model.rotation.seed", f"{self.seed} is below 0, or has more than 64 bit")
         _require(
             self.residual or self.values,
             "model.rotation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from omniquant_pl.initialization import initialize_clipping, initialize_scales
 from omniquant_pl.original import OriginalParameters, OriginalStatistics
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, ClippingSpec, TransformSpec
+from omniquant_pl.spec import ActivationSpec, ClippingSpec, RotationSpec, TransformSpec
 
 __all__ = ["StartingPoint"]
 
@@ -32,8 +33,12 @@ class _LearnedFactors(Protocol):
 class _RunFactors:
     """The factors of a finished run."""
 
-    def __init__(self, folder: RunFolder, blocks: int) -> None:
+    def __init__(self, folder: RunFolder, blocks: int, rotation: RotationSpec | None) -> None:
         self._folder = folder
+        settings = folder.read_config("model.parameters").get("model")
+        if settings is not None and settings.get("rotation") != (None if rotation is None else asdict(rotation)):
+            message = f"{folder.path} has learned for another model.rotation, {settings.get('rotation')}"
+            raise ConfigurationError("model.parameters", message)
         missing = [index for index in range(blocks) if not folder.factor_file(index).is_file()]
         if missing:
             path = folder.factor_file(missing[0])
@@ -49,7 +54,7 @@ class _RunFactors:
 
 
 def _refuse_rotated(source: SourceModel, path: Path) -> None:
-    if source.is_rotated:
+    if source.rotation is not None:
         message = f"{path} belongs to the channels of the model as it is stored; set model.rotation to null"
         raise ConfigurationError("model.rotation", message)
 
@@ -88,7 +93,9 @@ class StartingPoint:
             if is_original:
                 _refuse_rotated(source, path)
             self._learned = (
-                OriginalParameters(path, source) if is_original else _RunFactors(RunFolder(path), len(source))
+                OriginalParameters(path, source)
+                if is_original
+                else _RunFactors(RunFolder(path), len(source), source.rotation)
             )
         self._statistics: OriginalStatistics | None = None
         if transform is not None and transform.scales is not None:

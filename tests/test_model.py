@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
+from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 
@@ -138,3 +139,14 @@ def test_opening_waits_for_the_first_use() -> None:
     """Printing a configuration or the help needs no model."""
     model = OmniQuantModel("no/such-model")
     assert model.scheme.name == "w4a16"
+
+
+def test_factors_learned_for_another_rotation_are_refused(previous: RunFolder, llama: Path) -> None:
+    rotated = {"residual": True, "values": True, "seed": 0}
+    previous.config.write_text(yaml.safe_dump({"model": {"rotation": rotated}}))
+    OmniQuantModel(
+        str(llama), transform=TransformSpec(), rotation=RotationSpec(), parameters=str(previous.path)
+    ).verify()
+    model = OmniQuantModel(str(llama), transform=TransformSpec(), parameters=str(previous.path))
+    with pytest.raises(ConfigurationError, match=r"^model\.parameters: .* another model\.rotation, \{'residual'"):
+        model.verify()

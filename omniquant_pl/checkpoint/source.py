@@ -85,6 +85,7 @@ class SourceModel:
         rotation: Makes this the model with rotations folded into its weights; ``None`` for the model as it is stored.
 
     Attributes:
+        rotation: What is folded into the weights.
         config_json: What ``config.json`` says; of the family that the checkpoint is opened as, if that is another.
         checkpoint: The tensors under the names of published checkpoints of that family.
 
@@ -94,6 +95,7 @@ class SourceModel:
 
     def __init__(self, folder: Path, trust_remote_code: bool = False, rotation: RotationSpec | None = None) -> None:
         self.folder = folder
+        self.rotation = rotation
         self._trust_remote_code = trust_remote_code
         self.config_json = self._read_json()
         converted = self._convert()
@@ -241,11 +243,6 @@ class SourceModel:
                 _log.warning("the tokenizer in %s does not run: %r", self.folder, error)
             return None
         return cast(PreTrainedTokenizerBase, tokenizer)
-
-    @property
-    def is_rotated(self) -> bool:
-        """Whether rotations are folded into the weights."""
-        return self._rotation is not None
 
     @property
     def positions(self) -> int:
