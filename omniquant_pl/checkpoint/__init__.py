@@ -3,7 +3,8 @@
 from omniquant_pl.checkpoint.files import write_json, write_tensors, write_text
 from omniquant_pl.checkpoint.locate import embedded_models, is_hub_id, locate_model
 from omniquant_pl.checkpoint.reader import Checkpoint
-from omniquant_pl.checkpoint.source import BlockCall, SourceModel
+from omniquant_pl.checkpoint.skeleton import BlockCall
+from omniquant_pl.checkpoint.source import SourceModel
 
 __all__ = [
     "BlockCall",

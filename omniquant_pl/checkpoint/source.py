@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,60 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from omniquant_pl.arch import BlockLayout, conversion_of, family_of, unfused_experts
+from omniquant_pl.arch import conversion_of, family_of, unfused_experts
 from omniquant_pl.checkpoint.reader import Checkpoint, TensorInfo
 from omniquant_pl.checkpoint.rotation import Rotation
+from omniquant_pl.checkpoint.skeleton import BlockCall, Placeholder, build_without_weights, unfuse_experts
+from omniquant_pl.checkpoint.tokenizer import open_tokenizer
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.nn import ATTENTION, UnfusedExperts
 from omniquant_pl.spec import RotationSpec
 
-__all__ = ["BlockCall", "SourceModel"]
-
-_log = logging.getLogger(__name__)
-
-_NO_TOKENIZER = (ValueError, OSError, KeyError)
-_BROKEN_CODE = (AttributeError, ImportError, NotImplementedError, TypeError)
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """How the model calls one of its blocks, apart from the hidden states.
-
-    Attributes:
-        arguments: Positional arguments after the hidden states.
-        options: Keyword arguments: rotary embeddings, mask, positions; their batch dimension is one.
-    """
-
-    arguments: tuple[Any, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Runs a block on hidden states ``[batch, tokens, channels]``; where it returns a tuple, the first is taken."""
-        output = block(hidden, *self.arguments, **self.options)
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-class _Placeholder(nn.Module):
-    """Stands in the place of a block: records its input and how it is called, returns what it is told to."""
-
-    def __init__(self, returns_tuple: bool) -> None:
-        super().__init__()
-        self.received: Tensor | None = None
-        self.call = BlockCall()
-        self.output: Tensor | None = None
-        self._returns_tuple = returns_tuple
-
-    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor | tuple[Tensor]:
-        self.received, self.call = hidden_states, BlockCall(arguments, options)
-        output = hidden_states if self.output is None else self.output
-        return (output,) if self._returns_tuple else output
+__all__ = ["SourceModel"]
 
 
 class SourceModel:
@@ -104,13 +61,13 @@ class SourceModel:
         self.config = self._whole_config.get_text_config()
         self.attention = self.family.shape(self.config)
         self.checkpoint = Checkpoint(folder) if converted is None else converted
-        self._model = self._build()
+        self._model = build_without_weights(self._whole_config, self.family, trust_remote_code)
         self._templates = cast(nn.ModuleList, self._model.get_submodule(self.family.blocks))
         self.layouts = [self.family.block(self.config, index) for index in range(len(self._templates))]
         for template, layout in zip(self._templates, self.layouts, strict=True):
-            _unfuse_experts(template, layout)
+            unfuse_experts(template, layout)
         self._find_experts()
-        self._placeholders = [_Placeholder(self.family.returns_tuple) for _ in self._templates]
+        self._placeholders = [Placeholder(self.family.returns_tuple) for _ in self._templates]
         self._model.set_submodule(self.family.blocks, nn.ModuleList(self._placeholders))
         self._rotation = None if rotation is None else self._make_rotation(rotation)
         self._untied: dict[str, str] = {}
@@ -154,26 +111,6 @@ class SourceModel:
             tensors = unfused_experts(self.checkpoint.shapes(), experts, self.family.stored_name)
             if tensors:
                 self.checkpoint = self.checkpoint.view(tensors)
-
-    def _build(self) -> PreTrainedModel:
-        """Builds the model without storage, but for what is computed and never stored (rotary frequencies)."""
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self._whole_config,
-                attn_implementation=self.family.attention or ATTENTION,
-                dtype=torch.float32,
-                trust_remote_code=self._trust_remote_code,
-            )
-        for name in self.family.unread:
-            model.set_submodule(name, nn.Identity())
-        for module in model.modules():
-            without_storage = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-            for name in without_storage:
-                setattr(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
-            if without_storage:
-                model._init_weights(module)
-        model.eval().requires_grad_(False)
-        return model
 
     def _stored_name(self, name: str) -> str:
         """Name of a tensor in the checkpoint, which may have been saved without the language-model head around it."""
@@ -229,20 +166,8 @@ class SourceModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The folder's tokenizer, or ``None`` where it has none (token ids can still be given).
-
-        One that is code of its own runs only if that is trusted, and may be written for another transformers.
-        """
-        errors: tuple[type[Exception], ...] = _NO_TOKENIZER
-        if self._trust_remote_code:
-            errors += _BROKEN_CODE
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
-        except errors as error:
-            if isinstance(error, _BROKEN_CODE):
-                _log.warning("the tokenizer in %s does not run: %r", self.folder, error)
-            return None
-        return cast(PreTrainedTokenizerBase, tokenizer)
+        """The folder's tokenizer, or ``None`` where it has none (token ids can still be given)."""
+        return open_tokenizer(self.folder, self._trust_remote_code)
 
     @property
     def positions(self) -> int:
@@ -341,10 +266,3 @@ class SourceModel:
             return cast(Tensor, self._model(tokens, use_cache=False).logits)
         finally:
             self._placeholders[-1].output = None
-
-
-def _unfuse_experts(block: nn.Module, layout: BlockLayout) -> None:
-    experts = layout.experts
-    if experts is not None:
-        fused = block.get_submodule(experts.module)
-        block.set_submodule(experts.module, UnfusedExperts(fused, (experts.gate, experts.up, experts.down)))
