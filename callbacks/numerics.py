@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -42,6 +43,7 @@ class NumericsGuard(CalibrationCallback):
         self._no_gradient = torch.zeros(())
         self._first_bad: Tensor | None = None
         self._step = 0
+        self._strict: list[EarlyStopping] = []
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,6 +57,9 @@ class NumericsGuard(CalibrationCallback):
         self._no_gradient = torch.zeros((), device=pl_module.device)
         self._first_bad = None
         self._step = 0
+        for stopping in self._strict:
+            stopping.strict = True
+        self._strict = []
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -99,3 +104,8 @@ class NumericsGuard(CalibrationCallback):
             config.scheduler.base_lrs = bases
         assert trainer.fit_loop.max_epochs is not None
         trainer.fit_loop.max_epochs += 1
+        # The epoch has no loss. EarlyStopping, which comes next, would count the last one again, or miss it.
+        trainer.callback_metrics.pop("loss", None)
+        self._strict = [stopping for stopping in trainer.early_stopping_callbacks if stopping.strict]
+        for stopping in self._strict:
+            stopping.strict = False

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
 from omniquant_pl.block import BlockModule
@@ -184,6 +185,29 @@ def test_bad_first_epoch_starts_again_from_the_initial_factors(
     assert_equal(again["factors"], bad["factors"])
     assert again["moments"] == {}
     assert len(poison.starts[1]) == 1
+
+
+class TestEarlyStopping:
+    """An epoch that is taken back has no loss that it could look at."""
+
+    @pytest.mark.parametrize(("epochs", "bad"), [(1, 0), (2, 0), (2, 1), (3, 2)])
+    def test_waits_for_the_epoch_to_be_repeated(
+        self, calibrate: Callable[..., SequentialTrainer], epochs: int, bad: int
+    ) -> None:
+        stop, poison = EarlyStopping("loss", patience=1, min_delta=-1e9), Poison({(1, bad, 1)})
+        calibrate("bad", poison, NumericsGuard(), stop, epochs=epochs)
+        assert [len(starts) for starts in poison.starts] == [epochs, epochs + 1]
+
+    def test_does_not_count_the_epoch(self, calibrate: Callable[..., SequentialTrainer]) -> None:
+        stop, poison = EarlyStopping("loss", patience=1, min_delta=1e9), Poison({(0, 1, 1)})
+        calibrate("bad", poison, NumericsGuard(), stop, epochs=5)
+        assert [len(starts) for starts in poison.starts] == [3, 2]  # one, one taken back, its repetition
+
+    def test_still_says_that_a_name_is_misspelled(self, calibrate: Callable[..., SequentialTrainer]) -> None:
+        poison = Poison({(0, 0, 1)})
+        with pytest.raises(RuntimeError, match="metric `los` which is not available"):
+            calibrate("bad", poison, NumericsGuard(), EarlyStopping("los"))
+        assert len(poison.starts[0]) == 2
 
 
 def test_learning_rates_are_whole_again_in_the_next_block(
