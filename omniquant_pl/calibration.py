@@ -146,6 +146,7 @@ class Calibration:
         module = BlockModule(blocks, self._model.learning, head)
         self._engine.fit_block(module, StreamBatches((hidden, *targets), self._batch_size, self._order))
         for entry in window:
+            entry.block.to(self._engine.device)  # a fit ends with what has learned on the CPU
             entry.epochs += len(module.epoch_losses)
         window[0].seconds += time.perf_counter() - started
 
@@ -178,7 +179,7 @@ class Calibration:
         engine.announce("on_block_trained", block)
         if not block.is_folded:
             raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
-        output = engine.map(block.to(engine.device), hidden)
+        output = engine.map(block, hidden)
         nearest = self._model.round_to_nearest(block.index, entry.tensors, block.call).to(engine.device)
         power = _mean_square(entry.target)
         loss = _mean_squared_error(output, entry.target)

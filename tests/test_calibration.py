@@ -542,3 +542,39 @@ class TestWindows:
         assert plain.factor_file(1).read_bytes() == one.factor_file(1).read_bytes()
         name = "mlp.down_proj.clip.upper"
         assert not torch.equal(plain.load_factors(0)[name], two.load_factors(0)[name])
+
+
+@pytest.mark.parametrize("settings", [{"rounding": "gptq"}, {"window": WindowSpec(2, 1)}], ids=["gptq", "window"])
+def test_blocks_come_back_to_the_device_after_a_fit(
+    make_llama: Callable[..., Path],
+    fit: Callable[..., SequentialTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    """Lightning moves a module to the CPU when its fit ends; here such blocks refuse to run until they are moved."""
+    away: set[int] = set()
+    left, moved, run = BlockModule.cpu, torch.nn.Module.to, QuantizedBlock.forward
+
+    def leave(module: Any) -> Any:
+        away.update(id(block) for block in module.blocks)
+        return left(module)
+
+    def move(module: Any, *arguments: Any, **options: Any) -> Any:
+        away.difference_update(id(child) for child in module.modules())
+        return moved(module, *arguments, **options)
+
+    def forward(block: QuantizedBlock, hidden: Tensor) -> Tensor:
+        assert id(block) not in away, f"block {block.index} is on the CPU, its input on the device"
+        return run(block, hidden)
+
+    monkeypatch.setattr(BlockModule, "cpu", leave)
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr(QuantizedBlock, "forward", forward)
+    ended: list[int] = []
+
+    class Ended(CalibrationCallback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            ended.append(pl_module.index)
+
+    fit(OmniQuantModel(str(make_llama(num_hidden_layers=3)), **settings), [Ended()], {"samples": 1}, max_epochs=1)
+    assert ended  # there were fits to end
