@@ -21,6 +21,16 @@ __all__ = ["VARIANTS", "RunFolder"]
 VARIANTS = ("full_precision", "round_to_nearest", "quantized")
 """The models whose perplexities ``metrics.json`` holds."""
 
+_DECIDING_TRAINER_KEYS = (
+    "max_epochs",
+    "precision",
+    "callbacks",
+    "limit_train_batches",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+)
+
 
 class RunFolder:
     """Paths and files of one run.
@@ -117,7 +127,7 @@ class RunFolder:
 def _deciding_keys(config: Mapping[str, Any]) -> list[str]:
     """Names of the settings that decide what a calibration learns."""
     sections = [f"{section}.{key}" for section in ("model", "data") for key in config[section]]
-    keys = ["seed_everything", *sections, "trainer.max_epochs", "trainer.precision"]
+    keys = ["seed_everything", *sections, *(f"trainer.{key}" for key in _DECIDING_TRAINER_KEYS)]
     return [key for key in keys if key != "data.evaluation"]
 
 

@@ -98,6 +98,11 @@ class TestOtherSettings:
             ("data.dataset", "wikitext2", "data.dataset"),
             ("trainer.max_epochs", 1, "trainer.max_epochs"),
             ("trainer.precision", "bf16-mixed", "trainer.precision"),
+            ("trainer.callbacks", [{"class_path": "KeepBestState"}], "trainer.callbacks"),
+            ("trainer.limit_train_batches", 2, "trainer.limit_train_batches"),
+            ("trainer.accumulate_grad_batches", 4, "trainer.accumulate_grad_batches"),
+            ("trainer.gradient_clip_val", 1.0, "trainer.gradient_clip_val"),
+            ("trainer.gradient_clip_algorithm", "value", "trainer.gradient_clip_algorithm"),
         ],
     )
     def test_are_refused(self, used: RunFolder, key: str, value: object, named: str) -> None:
