@@ -32,7 +32,8 @@ class Task:
     def plain_model(self) -> PreTrainedModel:
         """Returns the full-precision model in float32."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-        return model.eval()
+        model.eval()
+        return model
 
 
 Quantizer = Callable[[Task], dict[str, Tensor]]
