@@ -181,7 +181,7 @@ class Calibration:
             raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
         output = engine.map(block, hidden)
         nearest = self._model.round_to_nearest(block.index, entry.tensors, block.call).to(engine.device)
-        power = _mean_square(entry.target)
+        power = max(_mean_square(entry.target), torch.finfo(torch.float32).tiny)  # zero of tokens without embeddings
         loss = _mean_squared_error(output, entry.target)
         nearest_loss = _mean_squared_error(engine.map(nearest, hidden), entry.target)
         self._streams.advance(entry.target, output)
@@ -189,8 +189,8 @@ class Calibration:
             index=block.index,
             loss_initial=entry.loss_initial,
             loss_final=loss,
-            relative_error_rtn=_relative(nearest_loss, power),
-            relative_error=_relative(loss, power),
+            relative_error_rtn=nearest_loss / power,
+            relative_error=loss / power,
             seconds=entry.seconds + time.perf_counter() - started,
             epochs=entry.epochs,
         )
@@ -216,13 +216,6 @@ def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
     assert layout.experts is not None  # every other linear is reached
     module = f"{layout.experts.module}."
     return ", ".join(map(str, sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})))
-
-
-def _relative(loss: float, power: float) -> float:
-    """An error over its target's power, which may be zero: of tokens whose embeddings are."""
-    if power == 0:
-        return 0.0 if loss == 0 else math.inf
-    return loss / power
 
 
 def _mean_square(values: Tensor) -> float:
