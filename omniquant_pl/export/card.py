@@ -22,7 +22,7 @@ tags: [omniquant, quantized, {scheme}]
 
 {storage}
 {activations}
-Calibrated with omniquant-pl ({learned}) on {data}.
+Calibrated with omniquant-pl ({method}) on {data}.
 
 | perplexity | full precision | round to nearest | calibrated |
 |---|---|---|---|
@@ -41,19 +41,32 @@ def model_card(model: OmniQuantModel, folder: RunFolder, storage: str) -> str:
         storage: One sentence on how this format holds the weights.
     """
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.is_file() else {}
-    learned = [name for name, spec in (("clipping", model.clipping), ("transform", model.transform)) if spec]
     return _CARD.format(
         base=_name(model.path),
         base_model=f"base_model: {model.path}\n" if is_hub_id(model.path) else "",
         scheme=model.scheme.name,
         storage=storage,
         activations=_activations(model),
-        learned=("learned " + " and ".join(learned) if learned else "nothing learned")
-        + (", Hadamard rotations folded in" if model.rotation else ""),
+        method=_method(model, config),
         data=_data(config),
         perplexities=_perplexities(folder.read_metrics().get("perplexity", {})),
         command="The `config.yaml` of the run reproduces it: `python train.py fit --config config.yaml`.",
     )
+
+
+def _method(model: OmniQuantModel, config: Mapping[str, Any]) -> str:
+    """Says what has learned, what was only set, and what else was done."""
+    settings = {"clipping": model.clipping, "transform": model.transform, "rounding": model.rounding == "learned"}
+    factors = " and ".join(", ".join(name for name, used in settings.items() if used).rsplit(", ", 1))
+    learns = (config.get("trainer") or {}).get("max_epochs") != 0
+    parts = [(f"learned {factors}" if learns else f"{factors} as they start") if factors else "nothing learned"]
+    if learns and factors and model.window.blocks > 1:
+        parts.append(f"windows of {model.window.blocks} blocks")
+    if model.rounding == "gptq":
+        parts.append("GPTQ rounding")
+    if model.rotation is not None:
+        parts.append("Hadamard rotations folded in")
+    return ", ".join(parts)
 
 
 def _activations(model: OmniQuantModel) -> str:

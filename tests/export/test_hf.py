@@ -17,10 +17,11 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport
+from omniquant_pl.export.card import model_card
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
+from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -278,3 +279,18 @@ class TestCard:
         model = OmniQuantModel(path=str(llama), activations=ActivationSpec(bits=4))
         card = self.card(model, fit(model, max_epochs=0).run_folder, tmp_path / "out")
         assert "quantizes activations to 4 bit" in card
+
+    @pytest.mark.parametrize(
+        ("epochs", "settings", "method"),
+        [
+            (1, {"transform": TransformSpec(), "rounding": "learned"}, "learned clipping, transform and rounding"),
+            (1, {"window": WindowSpec(2)}, "learned clipping, windows of 2 blocks"),
+            (1, {"rotation": RotationSpec()}, "learned clipping, Hadamard rotations folded in"),
+            (0, {"transform": TransformSpec(), "window": WindowSpec(2)}, "clipping and transform as they start"),
+            (0, {"clipping": None, "rounding": "gptq"}, "nothing learned, GPTQ rounding"),
+        ],
+    )
+    def test_method(self, llama: Path, tmp_path: Path, epochs: int, settings: dict[str, Any], method: str) -> None:
+        (tmp_path / "config.yaml").write_text(f"trainer: {{max_epochs: {epochs}}}")
+        card = model_card(OmniQuantModel(path=str(llama), **settings), RunFolder(tmp_path), "")
+        assert f"({method}) on" in card
