@@ -40,6 +40,14 @@ def _read(path: Path, key: str) -> dict[Any, Any]:
     return content
 
 
+def _read_vectors(path: Path, key: str) -> dict[str, Tensor]:
+    content = _read(path, key)
+    for name, vector in content.items():
+        if not isinstance(vector, Tensor):
+            raise ConfigurationError(key, f"{path}: {name!r} is a {type(vector).__name__}, not a tensor")
+    return content
+
+
 class OriginalParameters:
     """Learned factors from an ``omni_parameters.pth``.
 
@@ -76,10 +84,16 @@ class OriginalParameters:
         pairs = _pair_names(layout)
         factors: dict[str, Tensor] = {}
         for name, factor in self._blocks[index].items():
+            if not (isinstance(name, str) and isinstance(factor, Tensor)):
+                raise ConfigurationError("model.parameters", f"{self.origin(index)} has {name!r}, which is no factor")
             linear, _, leaf = name.rpartition(".weight_quantizer.")
             pair, _, kind = name.partition("_smooth_")
             if linear in layout.linears and leaf in _ENDS:
-                factors[f"{linear}.clip.{_ENDS[leaf]}"] = factor.reshape(shapes[f"{linear}.weight"][0], -1)
+                rows = shapes[f"{linear}.weight"][0]
+                if factor.numel() % rows:
+                    message = f"{self.origin(index)} has {name} of shape {tuple(factor.shape)}, for {rows} channels"
+                    raise ConfigurationError("model.parameters", message)
+                factors[f"{linear}.clip.{_ENDS[leaf]}"] = factor.reshape(rows, -1)
             elif pair in pairs and kind in ("scale", "shift"):
                 if kind == "scale" or bool(factor.any()):  # the original stores zeros where it learns no shift
                     factors[f"{pairs[pair]}.{kind}"] = factor
@@ -104,12 +118,17 @@ class OriginalStatistics:
         shifts: File of the middles of the ranges; ``None`` for ranges around zero.
 
     Raises:
-        ConfigurationError: If a file cannot be read.
+        ConfigurationError: If a file cannot be read, or holds anything but vectors of the same channels.
     """
 
     def __init__(self, scales: Path, shifts: Path | None) -> None:
-        self._scales = _read(scales, "model.transform.scales")
-        self._shifts = {} if shifts is None else _read(shifts, "model.transform.shifts")
+        self._scales = _read_vectors(scales, "model.transform.scales")
+        self._shifts = {} if shifts is None else _read_vectors(shifts, "model.transform.shifts")
+        for name in sorted(self._scales.keys() & self._shifts.keys()):
+            middle, magnitude = (tuple(vectors[name].shape) for vectors in (self._shifts, self._scales))
+            if middle != magnitude:
+                message = f"{name} has {middle} channels, not {magnitude}"
+                raise ConfigurationError("model.transform.shifts", f"{shifts}: {message}")
 
     def ranges(self, prefix: str, linears: Iterable[str]) -> dict[str, ChannelRange]:
         """Returns the ranges of a block's linears that have the file's magnitudes and middles.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,15 @@ class TestRefused:
         path = saved({index: block(index) | {"qkv_smooth_shift": torch.ones(32)} for index in range(2)})
         assert "input_layernorm.shift differs" in self.message(llama, path, transform=TransformSpec())
 
+    def test_clipping_of_a_weight_with_other_channels(self, llama: Path, saved: Callable[..., Path]) -> None:
+        name = "self_attn.q_proj.weight_quantizer.upbound_factor"
+        path = saved({index: block(index, let=False) | {name: torch.ones(33, 1)} for index in range(2)})
+        assert f"{name} of shape (33, 1), for 32 channels" in self.message(llama, path)
+
+    @pytest.mark.parametrize("factors", [{3: torch.ones(1)}, {"qkv_smooth_scale": [1.0]}], ids=["name", "factor"])
+    def test_what_is_no_factor(self, llama: Path, saved: Callable[..., Path], factors: Any) -> None:
+        assert "which is no factor" in self.message(llama, saved(dict.fromkeys(range(2), factors)))
+
     @pytest.mark.parametrize("content", [[1, 2], {0: [1]}], ids=["list", "no-factors"])
     def test_other_content(self, llama: Path, saved: Callable[..., Path], content: Any) -> None:
         assert "model.parameters: " in self.message(llama, saved(content))
@@ -193,7 +203,13 @@ class TestStatistics:
             with pytest.raises(ConfigurationError, match=rf"^model\.transform\.scales: .*{reason}"):
                 model.verify()
 
+    @pytest.mark.parametrize(("kind", "vector"), [("scales", [1.0]), ("shifts", [1.0]), ("shifts", torch.ones(3))])
+    def test_what_is_no_vector_of_the_channels(self, files: tuple[Path, Path], kind: str, vector: Any) -> None:
+        path, name = files[("scales", "shifts").index(kind)], "model.layers.0.self_attn.q_proj"
+        torch.save(torch.load(path, weights_only=True) | {name: vector}, path)
+        with pytest.raises(ConfigurationError, match=rf"^model\.transform\.{kind}: .*{re.escape(name)}"):
+            OriginalStatistics(*files)
+
     def test_shifts_alone_are_refused(self) -> None:
         with pytest.raises(ConfigurationError, match=r"^model\.transform\.shifts: "):
             TransformSpec(shifts="shifts.pt")
-
