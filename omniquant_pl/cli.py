@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -145,6 +146,7 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
     Args:
         arguments: What follows the program's name; ``None`` takes the process's own.
     """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what --help says of the fields of a dataclass
     return OmniQuantCLI(
         OmniQuantModel,
         CalibrationData,

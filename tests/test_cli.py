@@ -320,3 +320,12 @@ def test_a_fit_on_the_device_agrees_with_the_host(tiny: Callable[..., Arguments]
     host, device = perplexities
     for variant, value in host.items():
         assert device[variant] == pytest.approx(value, rel=0.05 if "bf16" in precision else 0.01)
+
+
+def test_help_explains_the_keys_inside_a_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(["fit", "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--model.weights.bits BITS Code width, 2 to 8." in shown
+    assert "--model.window.blocks BLOCKS Blocks of a window." in shown
