@@ -87,6 +87,7 @@ class StartingPoint:
         self._transform = transform
         self._activations = activations
         self._learned: _LearnedFactors | None = None
+        self._has_warned = False
         if parameters is not None:
             path = Path(parameters)
             is_original = path.suffix in (".pth", ".pt")
@@ -121,6 +122,16 @@ class StartingPoint:
         scales = self._transform is not None and self._transform.initial in ("search", "awq")
         return scales or (self._clipping is not None and self._clipping.search)
 
+    def _warn_of_codes(self, origin: str) -> None:
+        """Says once that what is taken over is not all that made the other run's model."""
+        if not self._has_warned:
+            _log.warning(
+                "model.parameters: %s and those after it have codes that are not the nearest ones; scales and clipping "
+                "are taken over, codes are not, so that without epochs this is not that run's model",
+                origin,
+            )
+        self._has_warned = True
+
     def set(
         self,
         index: int,
@@ -145,7 +156,7 @@ class StartingPoint:
             factors.load(self._learned.load(index), self._learned.origin(index))
             if factors.codes:
                 factors.codes = {}
-                _log.info("%s: scales and clipping are taken over, its codes are not", self._learned.origin(index))
+                self._warn_of_codes(self._learned.origin(index))
             return
         if self._statistics is not None:
             inputs = self._statistics.ranges(self._source.block_prefix(index), self._source.layouts[index].linears)

@@ -47,6 +47,21 @@ class TestStart:
         start = factors_in(previous)[0][upper]
         assert 0 < (learned - start).abs().max() <= 6 * 1.1e-2  # six steps of Adam
 
+    def test_codes_are_left_behind_with_one_warning(
+        self, previous: RunFolder, llama: Path, fit: Callable[..., SequentialTrainer], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shape = OmniQuantModel(str(llama)).source.block_shapes(0)["mlp.up_proj.weight"]
+        for index in range(2):
+            codes = {"mlp.up_proj.codes": torch.zeros(shape, dtype=torch.uint8)}
+            previous.save_factors(index, previous.load_factors(index) | codes)
+        model = OmniQuantModel(str(llama), transform=TransformSpec(), parameters=str(previous.path))
+        with caplog.at_level("WARNING", logger="omniquant_pl"):
+            found = factors_in(fit(model, max_epochs=0).run_folder)
+        assert not any(name.endswith(".codes") for factors in found for name in factors)
+        warned = [record.getMessage() for record in caplog.records if "codes are not" in record.getMessage()]
+        assert len(warned) == 1
+        assert str(previous.factor_file(0)) in warned[0]
+
     @pytest.mark.parametrize("missing", [0, 1])
     def test_unfinished_run_is_refused_before_any_work(
         self,
