@@ -40,6 +40,7 @@ class KeepBestState(CalibrationCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.load_state_dict(self._best)
+        self._best = {}
 
     def _compare(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, BlockModule)
@@ -48,4 +49,5 @@ class KeepBestState(CalibrationCallback):
             losses = [module.loss(batch) * len(batch[0]) for batch in batches]
         loss = float(torch.stack(losses).sum())
         if loss < self._least:
+            self._best = {}  # two copies at once would be large where rounding is learned
             self._least, self._best = loss, copy.deepcopy(module.state_dict())

@@ -50,8 +50,13 @@ class NumericsGuard(CalibrationCallback):
         self._failures = 0
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._good, self._parameters = ({}, {}, []), {}
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        self._good = ({}, {}, [])  # two copies at once would be large where rounding is learned
         self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict(), schedules))
         self._parameters = dict(pl_module.named_parameters())
         self._no_gradient = torch.zeros((), device=pl_module.device)

@@ -21,7 +21,7 @@ from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.hooks import BlockResult
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quant import ChannelRange, observe_inputs, observe_samples
+from omniquant_pl.quant import observe_inputs, observe_samples
 from omniquant_pl.quantized_block import QuantizedBlock
 
 __all__ = ["Calibration", "Engine"]
@@ -109,12 +109,11 @@ class Calibration:
         linears = self._source.layouts[index].linears
         sampled = linears if self._model.start.needs_samples else ()
         with observe_inputs(original, linears) as inputs, observe_samples(original, sampled) as samples:
-            target = self._engine.map(lambda batch: call(original, batch), hidden)
-        ranges = {name: ChannelRange(found.low.cpu(), found.high.cpu()) for name, found in inputs.items()}
-        rows = {name: found.rows.cpu() for name, found in samples.items()}
-        block = self._model.block(index, tensors, call, ranges, rows)
-        self._leave_unreached(block, ranges)
-        block = block.to(self._engine.device)
+            target = self._engine.map(partial(call, original), hidden)
+        del original
+        rows = {name: found.rows for name, found in samples.items()}
+        block = self._model.block(index, tensors, call, inputs, rows, self._engine.device)
+        self._leave_unreached(block, inputs)
         self._engine.announce("on_block_start", block)
         return _Pending(block, tensors, target, seconds=time.perf_counter() - started)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -154,6 +155,7 @@ class OmniQuantModel(LightningModule):
         call: BlockCall,
         inputs: Mapping[str, ChannelRange],
         samples: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ) -> QuantizedBlock:
         """Returns a block ready to learn.
 
@@ -163,10 +165,12 @@ class OmniQuantModel(LightningModule):
             call: How the model calls it.
             inputs: Input ranges of its linears in full precision.
             samples: Sampled inputs of its linears in full precision, where the starting point needs them.
+            device: Where the block will be, and ranges and samples are.
         """
         rounds = self.rounding == "learned"
         block = self._block(index, tensors, call, self._factors(index, tensors, learned=True, rounds=rounds))
-        self.start.set(index, block.factors, tensors, inputs, samples or {})
+        block = block.to(device)
+        self.start.set(index, block.factors, block.tensors, inputs, samples or {})
         return block
 
     def round_to_nearest(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall) -> QuantizedBlock:

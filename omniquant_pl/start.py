@@ -145,7 +145,7 @@ class StartingPoint:
         Args:
             index: Position of the block.
             factors: What is set.
-            tensors: The block's original tensors.
+            tensors: The block's original tensors, on one device with factors, ranges and samples.
             inputs: Input ranges of its linears in full precision.
             samples: Sampled inputs of its linears in full precision, where they are needed.
 
@@ -168,6 +168,8 @@ class StartingPoint:
             if not inputs:
                 message = f"the file has no linear whose name begins with {self._source.block_prefix(index)}"
                 raise ConfigurationError("model.transform.scales", message)
+            device = next(iter(tensors.values())).device
+            inputs = {name: ChannelRange(found.low.to(device), found.high.to(device)) for name, found in inputs.items()}
         if self._transform is not None:
             initialize_scales(factors, tensors, inputs, samples, self._transform, self._activations)
         if self._clipping is not None and self._clipping.search:

@@ -41,7 +41,15 @@ def _shape(config: Any) -> AttentionShape:
     return AttentionShape(heads, kv_heads, config.head_dim, rotary_dim=0 if config.alibi else None)
 
 
+def _refuse(config: Any) -> str | None:
+    if config.new_decoder_architecture and not config.parallel_attn:
+        return "transformers itself does not run new_decoder_architecture without parallel_attn"
+    return None
+
+
 # Its attention calls torch's function itself. transformers' eager one counts ALiBi twice (seen in 5.17 and 5.22).
-FALCON = Family(blocks="transformer.h", block=_block, shape=_shape, attention="sdpa", returns_tuple=True)
+FALCON = Family(
+    blocks="transformer.h", block=_block, shape=_shape, refuse=_refuse, attention="sdpa", returns_tuple=True
+)
 
 register("falcon", FALCON)

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import FalconConfig, PretrainedConfig
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from omniquant_pl.arch import family_of
 from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.nn import QuantLinear
 from omniquant_pl.spec import ActivationSpec
 
@@ -88,3 +90,9 @@ def test_its_linears_are_linears(bias: bool) -> None:
     linear = FalconLinear(8, 6, bias=bias)
     assert isinstance(linear, nn.Linear)
     torch.testing.assert_close(QuantLinear.of(linear, None)(hidden), linear(hidden))
+
+
+def test_a_layout_that_transformers_does_not_run_is_refused() -> None:
+    config = FalconConfig(new_decoder_architecture=True, parallel_attn=False)
+    with pytest.raises(ConfigurationError, match=r"^model\.path: this falcon model .*parallel_attn"):
+        family_of(config)
