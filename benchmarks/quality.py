@@ -307,6 +307,7 @@ def main() -> None:
     parser.add_argument(
         "--ablation", action="store_true", help="what each option buys, on the rows that ablation names"
     )
+    parser.add_argument("--options", nargs="*", help="names of the ablation's runs; all by default")
     parser.add_argument("--windows", type=int, nargs="*", default=[], help="seeds of other calibration windows")
     options = parser.parse_args()
     reference = options.reference.resolve()
@@ -325,6 +326,8 @@ def main() -> None:
                     measure(row, settings, reference, folder, config)
     for row in chosen if options.ablation else ():
         for name, (settings, is_best) in ablations(row).items() if row["name"] in ABLATED else ():
+            if options.options is not None and name not in options.options:
+                continue
             folder = _ablation_folder(options.runs, row, name)
             measure(row, settings, reference, folder, _best_config(row) if is_best else None)
     PAGE.write_text(page(rows, reference, options.runs))
