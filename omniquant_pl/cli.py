@@ -117,11 +117,13 @@ def find_config(name: str) -> str:
         name: What was given to ``--config``, such as ``w4a4.yaml`` or ``best/w4a4.yaml``.
 
     Raises:
-        ConfigurationError: If it is neither a file nor a preset.
+        ConfigurationError: If a bare name is neither a file nor a preset.
     """
-    if Path(name).exists():
+    if Path(name).exists() or name.startswith(("/", ".", "~")):
         return name
     found = next((folder / name for folder in _CONFIG_FOLDERS if (folder / name).is_file()), None)
+    if found is None and Path(name).name != name:
+        return name
     if found is None:
         presets = sorted({str(path.relative_to(f)) for f in _CONFIG_FOLDERS for path in f.rglob("*.yaml")})
         raise ConfigurationError("--config", f"there is no file {name!r}; presets: {', '.join(presets)}")

@@ -93,6 +93,9 @@ class TestConfigByName:
     def test_preset(self) -> None:
         assert Path(find_config("w4a4.yaml")).samefile(ROOT / "configs" / "w4a4.yaml")
 
+    def test_preset_in_a_folder(self) -> None:
+        assert Path(find_config("best/w4a4.yaml")).samefile(ROOT / "configs" / "best" / "w4a4.yaml")
+
     def test_own_file_comes_first(self) -> None:
         Path("w4a4.yaml").write_text("seed_everything: 5\n")
         assert find_config("w4a4.yaml") == "w4a4.yaml"
