@@ -101,11 +101,15 @@ def install(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     constraints = folder / "constraints.txt"
     constraints.write_text(f"{TORCH}\n")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    pip = [str(python), "-m", "pip", "install", "--constraint", str(constraints)]
+    commands = [
+        [sys.executable, "-m", "venv", str(folder / "venv")],
+        [*pip, TORCH, "numpy", "setuptools", "wheel"],
+        [*pip, *PEERS[name].packages],
+    ]
     with (folder / "install.log").open("w") as log:
-        for packages in ((TORCH, "numpy", "setuptools", "wheel"), PEERS[name].packages):
-            pip = [str(python), "-m", "pip", "install", "--constraint", str(constraints), *packages]
-            subprocess.run(pip, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=INSTALL_LIMIT)
+        for command in commands:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, timeout=INSTALL_LIMIT)
     (folder / "installed").touch()
     return python
 
@@ -147,11 +151,11 @@ def perplexity(folder: Path, windows: torch.Tensor) -> float:
 
 
 def reason(error: subprocess.SubprocessError, log: Path) -> str:
-    """Returns the last line that a failed process wrote, or that it took too long."""
+    """Returns pip's first error or the last line that a failed process wrote, or that it took too long."""
     if isinstance(error, subprocess.TimeoutExpired):
         return f"stopped after {error.timeout:.0f} s"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else str(error)
+    return next((line for line in lines if line.startswith("ERROR: ")), lines[-1] if lines else str(error))
 
 
 class Results:
