@@ -47,7 +47,8 @@ def test_is_resolved(fit_w3: Command, llama: Path) -> None:
     config = yaml.safe_load((fit_w3() / "config.yaml").read_text())
     assert config["seed_everything"] == 2
     assert config["model"]["path"] == str(llama)
-    assert config["model"]["weights"] == {"bits": 3, "group_size": None, "symmetric": False, "bits_of": {}}
+    expected = {"bits": 3, "group_size": None, "symmetric": False, "scale_dtype": "float16", "bits_of": {}}
+    assert config["model"]["weights"] == expected
     assert config["model"]["activations"] is None
     assert config["trainer"]["max_epochs"] == 1
     assert config["data"]["batch_size"] == 1  # not in the preset
