@@ -276,15 +276,15 @@ def _ablation_folder(runs: Path, row: Row, name: str) -> Path:
 def page(rows: list[Row], reference: Path, runs: Path) -> str:
     """The text of ``quality.md``, of what has been run."""
     tables = [ablation_table(row, runs) for row in rows if row["name"] in ABLATED]
+    windows = windows_table(rows, runs)
     parts = [
         HEAD,
         "\n".join(quality_table(rows, reference, runs)),
         "## Time\n\nSeconds of calibration, one thread of a shared machine: good for an order of magnitude only.",
         "\n".join(seconds_table(rows, runs)),
-        "## Other calibration windows",
-        "\n".join(windows_table(rows, runs)),
+        *(("## Other calibration windows", "\n".join(windows)) if len(windows) > 2 else ()),
         "## Ablation\n\n    python benchmarks/quality.py --reference FOLDER --ablation",
-        *("\n".join(table) for table in tables if len(table) > 2),
+        *("\n".join(table) for table in tables if len(table) > 4),
     ]
     return "\n\n".join(parts) + "\n"
 
