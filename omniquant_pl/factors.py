@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.errors import CalibrationError, ConfigurationError
-from omniquant_pl.quant import QuantizedWeight, RowRange, WeightQuantizer, gptq_codes
+from omniquant_pl.quant import FULL_RANGE_LOGIT, QuantizedWeight, RowRange, WeightQuantizer, gptq_codes
 from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec
 from omniquant_pl.transform import AttentionShape, NormToLinears, Pair
 
 __all__ = ["BlockFactors", "FoldedBlock"]
 
 _CODES = ".codes"
-_FULL_RANGE = 20.0
-"""Logit whose sigmoid is one in float32: nothing is clipped."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class BlockFactors(nn.Module):
             if name in names:
                 for end in (quantizer.upper, quantizer.lower):
                     if end is not None:
-                        end.fill_(_FULL_RANGE)
+                        end.fill_(FULL_RANGE_LOGIT)
                 quantizer.requires_grad_(False)
         for _, pair in self.named_pairs():
             if pair.consumers and all(name in names for name in pair.consumers):

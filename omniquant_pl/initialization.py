@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from omniquant_pl.quant import (
     ChannelRange,
     WeightQuantizer,
     activation_aware_scales,
+    activation_quantizer,
     best_scale,
     clipping_logit,
-    dynamic_fake_quantize,
     search_clipping,
 )
 from omniquant_pl.spec import ActivationSpec, ClippingSpec, TransformSpec
@@ -47,19 +46,18 @@ def initialize_scales(
     """
     for _, pair in factors.named_pairs():
         pair.initialize(tensors, inputs, transform.alpha)
-        rows = _sample_of(pair, samples)
         if transform.initial == "smoothquant":
             continue
-        candidates = [torch.ones_like(pair.scale)]
-        if transform.initial == "search":
-            candidates += _scales_by_alpha(pair, tensors, inputs)
-        if transform.initial == "awq" and rows is not None:
+        rows = None if transform.initial == "ones" else _sample_of(pair, samples)
+        if rows is None:
+            pair.scale.fill_(1.0)
+            continue
+        if transform.initial == "awq":
             candidates = [pair.gather(scale) for scale in activation_aware_scales(rows.abs().mean(0))]
-        best = 0
-        if rows is not None:
-            shifted = rows if pair.shift is None else rows - pair.spread(pair.shift)
-            best = _best_of(candidates, pair, factors, tensors, shifted, activations)
-        pair.scale.copy_(candidates[best])
+        else:
+            candidates = [torch.ones_like(pair.scale), *_scales_by_alpha(pair, tensors, inputs)]
+        shifted = rows if pair.shift is None else rows - pair.spread(pair.shift)
+        pair.scale.copy_(candidates[_best_of(candidates, pair, factors, tensors, shifted, activations)])
 
 
 def _scales_by_alpha(pair: Pair, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange]) -> list[Tensor]:
@@ -95,14 +93,8 @@ def _best_of(
         [tensors[f"{name}.weight"] for name in pair.consumers],
         rows,
         [WeightQuantizer(quantizers[name].spec, quantizers[name].shape, None) for name in pair.consumers],
-        _input_quantizer(activations),
+        activation_quantizer(activations),
     )
-
-
-def _input_quantizer(activations: ActivationSpec | None) -> partial[Tensor] | None:
-    if activations is None:
-        return None
-    return partial(dynamic_fake_quantize, bits=activations.bits, symmetric=activations.symmetric)
 
 
 @torch.no_grad()
@@ -123,7 +115,7 @@ def initialize_clipping(
         activations: How the linears quantize their inputs.
     """
     transformed = factors.transformed(tensors)
-    quantize_input = _input_quantizer(activations)
+    quantize_input = activation_quantizer(activations)
     divided = {name: pair for _, pair in factors.named_pairs() for name in pair.consumers}
     for name, quantizer in factors.named_quantizers():
         if name not in samples or quantizer.upper is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from omniquant_pl.checkpoint import BlockCall
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.factors import BlockFactors, FoldedBlock
 from omniquant_pl.nn import QuantLinear
-from omniquant_pl.quant import QuantizedWeight, dynamic_fake_quantize, observe_moments
+from omniquant_pl.quant import QuantizedWeight, activation_quantizer, observe_moments
 from omniquant_pl.spec import ActivationSpec
 
 __all__ = ["QuantizedBlock"]
@@ -81,12 +80,8 @@ class QuantizedBlock(nn.Module):
         Args:
             run: Runs the block over the calibration set.
         """
-        activations = self._activations
-        transform = None
-        if activations is not None:
-            transform = partial(dynamic_fake_quantize, bits=activations.bits, symmetric=activations.symmetric)
-        shared = self.factors.shared_inputs
-        with observe_moments(self.network, sorted(set(shared.values())), transform) as moments:
+        shared, quantize_input = self.factors.shared_inputs, activation_quantizer(self._activations)
+        with observe_moments(self.network, sorted(set(shared.values())), quantize_input) as moments:
             run()
         device = self.device
         self.to("cpu")

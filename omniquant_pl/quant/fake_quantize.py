@@ -6,6 +6,8 @@ written out in :mod:`omniquant_pl.ops`, so that no intermediate of the element-w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omniquant_pl import ops
+from omniquant_pl.spec import ActivationSpec
 
-__all__ = ["dynamic_fake_quantize", "fake_quantize"]
+__all__ = ["activation_quantizer", "dynamic_fake_quantize", "fake_quantize"]
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -76,3 +79,10 @@ def dynamic_fake_quantize(values: Tensor, bits: int, symmetric: bool = False) ->
     rows = values.reshape(-1, values.shape[-1])
     result: Tensor = _DynamicFakeQuantize.apply(rows, bits, symmetric)  # type: ignore[no-untyped-call]
     return result.view(values.shape)
+
+
+def activation_quantizer(spec: ActivationSpec | None) -> Callable[[Tensor], Tensor] | None:
+    """Returns the fake quantization of activations, token by token; ``None`` if they are not quantized."""
+    if spec is None:
+        return None
+    return partial(dynamic_fake_quantize, bits=spec.bits, symmetric=spec.symmetric)
