@@ -1,4 +1,4 @@
-"""The command line: ``fit`` and ``test``, over Lightning's own."""
+"""The command line: ``fit``, ``test`` and ``export``, over Lightning's own."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ class _Parser(LightningArgumentParser):
         command = parser.prog.replace(" [options]", "")
         self.exit(2, f"error: {message}\nsee: {command} --help\n")
 
+    @override
+    def add_method_arguments(self, *arguments: Any, **options: Any) -> Any:
+        # A group for them would have the method's name, and there is an export section besides.
+        return super().add_method_arguments(*arguments, **{**options, "as_group": False})
+
 
 class OmniQuantCLI(LightningCLI):
     """LightningCLI with the subcommands that this project has."""
@@ -63,6 +68,7 @@ class OmniQuantCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "test": {"model", "datamodule"},
+            "export": {"model", "datamodule"},
         }
 
     @override
@@ -103,6 +109,14 @@ class OmniQuantCLI(LightningCLI):
             ConfigurationError: As :meth:`before_fit`.
         """
         self._refuse_other_settings("test")
+
+    def before_export(self) -> None:
+        """Called by Lightning before the export: takes no run for what other settings would have led to.
+
+        Raises:
+            ConfigurationError: As :meth:`before_fit`.
+        """
+        self._refuse_other_settings("export")
 
     def _refuse_other_settings(self, subcommand: str) -> None:
         assert isinstance(self.trainer, SequentialTrainer)

@@ -44,8 +44,11 @@ class CalibrationCallback(Callback):
     Hooks are called in the order of the callbacks, those that end something in reverse: callbacks nest.
     """
 
+    def on_ready(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        """Model and data are ready, nothing has been written; whoever cannot do what it is meant to refuses here."""
+
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        """Model and data are ready; no block has been touched."""
+        """The run begins; no block has been touched."""
 
     def on_baseline(self, trainer: Trainer, model: OmniQuantModel) -> None:
         """Everybody has started; whoever measures what the model is compared with does so here."""

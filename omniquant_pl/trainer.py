@@ -27,6 +27,14 @@ from omniquant_pl.calibration import Calibration, Engine
 from omniquant_pl.data import CalibrationData, TextSettings
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate import VARIANTS, Evaluation, perplexity_table
+from omniquant_pl.export import (
+    FormatName,
+    StorageDtype,
+    Verification,
+    open_format,
+    refuse_differing,
+    verification_table,
+)
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
@@ -101,6 +109,7 @@ class SequentialTrainer(Trainer):
         assert isinstance(model, OmniQuantModel)
         assert isinstance(datamodule, CalibrationData)
         tokens = self.prepare(model, datamodule)
+        self.announce("on_ready", model)
         if self.is_global_zero:
             self.run_folder.start()
         self.announce("on_calibration_start", model)
@@ -153,9 +162,7 @@ class SequentialTrainer(Trainer):
             ConfigurationError: If model or data cannot be used; it names the setting.
         """
         model.verify()
-        source = model.source
-        vocabulary_size = int(source.config.vocab_size)
-        data.bind(TextSettings(source.tokenizer, source.positions, vocabulary_size, _seed()))
+        _bind(data, model)
         self.evaluation_tokens = data.evaluation_tokens()
         return data.calibration_tokens()
 
@@ -205,6 +212,54 @@ class SequentialTrainer(Trainer):
         Console().print(perplexity_table(perplexities))
         return perplexities
 
+    def export(
+        self,
+        model: OmniQuantModel,
+        datamodule: CalibrationData,
+        format: FormatName = "hf",  # noqa: A002 (the flag)
+        output: str | None = None,
+        dtype: StorageDtype | None = None,
+        shard_bytes: int = 5_000_000_000,
+        verify: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Path:
+        """Write a finished run in a format that other programs load.
+
+        Args:
+            model: The run's model settings.
+            datamodule: What to verify with: the first evaluation set.
+            format: hf: a plain transformers folder with dequantized weights.
+            output: The folder to create or replace; null: named after the format, in the run folder.
+            dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
+            shard_bytes: Largest size of one file.
+            verify: Load the result with the programs it is meant for, those that are installed, and compare its logits
+                with the calibrated model's.
+            ckpt_path: Not used; a run's configuration may carry it.
+            weights_only: Likewise.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigurationError: If the run is not finished, or the format cannot hold it exactly.
+            CalibrationError: If a program computes other logits; the folder stays.
+        """
+        del ckpt_path, weights_only
+        export = open_format(format, model, dtype, shard_bytes)
+        verification = Verification(export) if verify else None
+        folder = self.run_folder.model if format == "hf" else self.run_folder.path / format
+        folder = folder if output is None else Path(output)
+        export.write(model, self.run_folder, folder)
+        Console().print(f"{format}: {folder}", soft_wrap=True)
+        if verification is not None:
+            _bind(datamodule, model)
+            tokens = next(iter(datamodule.evaluation_tokens().values()))
+            results = verification.run(model, self.run_folder, folder, tokens[:1])
+            Console().print(verification_table(results))
+            refuse_differing(results)
+        return folder
+
 
 def _refuse_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> None:
     """Refuses what makes no sense block by block, before Lightning looks at it."""
@@ -226,6 +281,12 @@ def _refuse_precision(precision: str | int | None) -> None:
             "trainer.precision",
             f"{precision} would round the factors; accepted: {', '.join(_PRECISIONS)}",
         )
+
+
+def _bind(data: CalibrationData, model: OmniQuantModel) -> None:
+    """Tells the data for which model they are."""
+    source = model.source
+    data.bind(TextSettings(source.tokenizer, source.positions, int(source.config.vocab_size), _seed()))
 
 
 def _seed() -> int:

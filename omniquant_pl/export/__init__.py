@@ -1,5 +1,18 @@
 """Folders that other programs load, one format a file."""
 
+from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.hf import HfExport
+from omniquant_pl.export.registry import FORMATS, FormatName, open_format
+from omniquant_pl.export.verification import Verification, refuse_differing, verification_table
 
-__all__ = ["HfExport"]
+__all__ = [
+    "FORMATS",
+    "Export",
+    "FormatName",
+    "HfExport",
+    "StorageDtype",
+    "Verification",
+    "open_format",
+    "refuse_differing",
+    "verification_table",
+]

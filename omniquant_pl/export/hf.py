@@ -2,69 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from omniquant_pl.checkpoint import BlockCall, SourceModel, write_json, write_text
-from omniquant_pl.export.card import model_card
-from omniquant_pl.export.folder import copy_companions, whole_folder
-from omniquant_pl.export.shards import ShardWriter
+from omniquant_pl.export.clients import transformers_logits
+from omniquant_pl.export.folded import FoldedModel, LinearWeight
+from omniquant_pl.export.format import Client
+from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.quant import QuantizedWeight
 
 __all__ = ["HfExport"]
 
 
-class HfExport:
+class HfExport(SafetensorsExport):
     """Writes a folder that ``AutoModelForCausalLM.from_pretrained`` loads without code of ours.
 
-    Args:
-        dtype: Name of the storage dtype; float32 holds ``(code - zero_point) * scale`` exactly.
-        shard_bytes: Largest size of one safetensors file.
+    float32, the default, holds ``(code - zero_point) * scale`` exactly.
     """
 
-    def __init__(self, dtype: str = "float32", shard_bytes: int = 5_000_000_000) -> None:
-        self._dtype_name = dtype
-        self._dtype: torch.dtype = getattr(torch, dtype)
-        self._shard_bytes = shard_bytes
+    name = "hf"
+    clients = (Client("transformers", ("transformers",), transformers_logits),)
 
-    def write(self, model: OmniQuantModel, folder: RunFolder, output: Path) -> None:
-        """Exports a finished run, one block in memory at a time.
+    @property
+    def _storage(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype or "float32")
+        return dtype
 
-        Args:
-            model: The run's settings.
-            folder: The run, for its learned factors.
-            output: The folder to create or replace.
-        """
-        source = model.source
-        with whole_folder(output) as target:
-            writer = ShardWriter(target, self._sizes(source), self._shard_bytes)
-            writer.add((name, tensor.to(self._dtype)) for name, tensor in self._tensors(model, folder))
-            writer.finish()
-            write_json(target / "config.json", self._config(source))
-            copy_companions(source.folder, target)
-            storage = f"Weights are stored dequantized, as {self._dtype_name}."
-            write_text(target / "README.md", model_card(model, folder, storage))
+    @override
+    def refusal(self, model: OmniQuantModel) -> str | None:
+        return None
 
-    def _sizes(self, source: SourceModel) -> Mapping[str, int]:
-        """Bytes of every tensor, in the order of :meth:`_tensors`."""
-        names = list(source.surrounding_names)
-        for index in range(len(source)):
-            names += source.stored_names(index).values()
-        return {name: source.describe(name).elements * self._dtype.itemsize for name in names}
+    @override
+    def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
+        return {"weight": (linear.shape, self._storage)}
 
-    def _tensors(self, model: OmniQuantModel, folder: RunFolder) -> Iterator[tuple[str, Tensor]]:
-        source = model.source
-        yield from source.surroundings()
-        for index in range(len(source)):
-            tensors = source.block_tensors(index)
-            block = model.folded(index, tensors, BlockCall(), folder.load_factors(index))
-            yield from ((stored, block.tensors[name]) for name, stored in source.stored_names(index).items())
+    @override
+    def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
+        return {"weight": weight.dequantize().to(self._storage)}
 
-    def _config(self, source: SourceModel) -> dict[str, object]:
-        """The source's own configuration with the new dtype."""
-        config = {key: value for key, value in source.config_json.items() if key != "torch_dtype"}
-        return config | {"dtype": self._dtype_name}
+    @override
+    def dtype_of(self, folded: FoldedModel, name: str) -> torch.dtype:
+        return self._storage
+
+    @override
+    def config_dtype(self, config: Mapping[str, Any]) -> str:
+        return self.dtype or "float32"
+
+    @override
+    def quantization_config(self, model: OmniQuantModel) -> None:
+        return None
+
+    @override
+    def storage(self, model: OmniQuantModel) -> str:
+        return f"Weights are stored dequantized, as {self.dtype or 'float32'}."

@@ -1,0 +1,30 @@
+"""Ways of loading an exported folder that several formats share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["transformers_logits"]
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
+    """Loads a folder with transformers, in float32.
+
+    Args:
+        folder: An exported folder.
+        tokens: Token ids ``[batch, tokens]``.
+        options: Further arguments of ``from_pretrained``.
+
+    Returns:
+        Logits ``[batch, tokens, vocabulary]``, float32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
+    return logits.float().cpu()

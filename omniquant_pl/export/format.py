@@ -1,0 +1,80 @@
+"""What a format is: it says which models it holds exactly, writes a folder, and knows the programs that load it."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
+
+__all__ = ["Client", "Export", "StorageDtype"]
+
+StorageDtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that loads a format.
+
+    Attributes:
+        name: What people call it.
+        packages: Modules that have to be installed for it.
+        logits: Loads a folder and returns the logits ``[batch, tokens, vocabulary]``, float32, for token ids
+            ``[batch, tokens]``.
+        tolerance: Largest relative error of the logits against the calibrated model's.
+        quantizes_activations: Whether it quantizes activations as the scheme says.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    logits: Callable[[Path, Tensor], Tensor]
+    tolerance: float = 1e-4
+    quantizes_activations: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether all that it needs is there."""
+        return all(importlib.util.find_spec(package) is not None for package in self.packages)
+
+
+class Export(ABC):
+    """A format: a way of storing a calibrated model.
+
+    Args:
+        dtype: Storage of the tensors that are not quantized; ``None`` for what holds them exactly.
+        shard_bytes: Largest size of one file.
+    """
+
+    name: ClassVar[str]
+    """The name in ``export.format``."""
+
+    clients: ClassVar[tuple[Client, ...]]
+    """The programs that load it, and that an export is verified with."""
+
+    def __init__(self, dtype: StorageDtype | None = None, shard_bytes: int = 5_000_000_000) -> None:
+        self.dtype = dtype
+        self.shard_bytes = shard_bytes
+
+    @abstractmethod
+    def refusal(self, model: OmniQuantModel) -> str | None:
+        """Returns why the format cannot hold a model exactly, ``None`` if it can; nothing but the header is read."""
+
+    @abstractmethod
+    def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
+        """Exports a finished run, one block in memory at a time.
+
+        Args:
+            model: The run's settings.
+            run: The run, for its learned factors and metrics.
+            output: The folder to create or replace; it appears whole or not at all.
+
+        Raises:
+            ConfigurationError: If the run is not finished or is damaged.
+        """

@@ -1,0 +1,107 @@
+"""What the formats have in common that keep transformers' folder and store the quantized linears in another way."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from omniquant_pl.checkpoint import write_json, write_text
+from omniquant_pl.export.card import model_card
+from omniquant_pl.export.folded import FoldedModel, LinearWeight
+from omniquant_pl.export.folder import copy_companions, whole_folder
+from omniquant_pl.export.format import Export
+from omniquant_pl.export.shards import ShardWriter
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant import QuantizedWeight
+from omniquant_pl.run_folder import RunFolder
+
+__all__ = ["SafetensorsExport", "Stored"]
+
+Stored = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor in a file."""
+
+
+class SafetensorsExport(Export):
+    """A model folder whose linears are stored as several tensors, ``<linear>.<suffix>``."""
+
+    @abstractmethod
+    def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
+        """Returns what :meth:`pack` will return, by suffix, before anything has been read."""
+
+    @abstractmethod
+    def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
+        """Returns the tensors of one quantized weight by suffix."""
+
+    @abstractmethod
+    def quantization_config(self, model: OmniQuantModel) -> Mapping[str, Any] | None:
+        """Returns what stands under ``quantization_config`` in ``config.json``; ``None`` for nothing."""
+
+    @abstractmethod
+    def storage(self, model: OmniQuantModel) -> str:
+        """Returns one sentence for the model card: how weights are stored and what loads them."""
+
+    def dtype_of(self, folded: FoldedModel, name: str) -> torch.dtype:
+        """Returns what a tensor that is not quantized is stored in."""
+        if self.dtype is None:
+            return folded.exact_dtype(name)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def config_dtype(self, config: Mapping[str, Any]) -> str:
+        """Returns the dtype that a program computes in unless told otherwise: the source's own, or the one asked for.
+
+        Args:
+            config: The source's ``config.json``.
+        """
+        return self.dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+    @override
+    def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
+        folded = FoldedModel(model, run)
+        with whole_folder(output) as target:
+            writer = ShardWriter(target, self._sizes(folded), self.shard_bytes)
+            writer.add(self._tensors(folded))
+            writer.finish()
+            write_json(target / "config.json", self._config(model))
+            copy_companions(model.source.folder, target)
+            write_text(target / "README.md", model_card(model, run, self.storage(model)))
+
+    def _sizes(self, folded: FoldedModel) -> dict[str, int]:
+        """Bytes of every tensor, in the order of :meth:`_tensors`."""
+        sizes: dict[str, int] = {}
+        names = [*folded.surrounding_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
+        for name in names:
+            linear = folded.linears.get(name.removesuffix(".weight"))
+            if linear is None:
+                sizes[name] = torch.Size(folded.shape(name)).numel() * self.dtype_of(folded, name).itemsize
+            else:
+                for suffix, (shape, dtype) in self.stored(linear).items():
+                    sizes[f"{name.removesuffix('.weight')}.{suffix}"] = torch.Size(shape).numel() * dtype.itemsize
+        return sizes
+
+    def _tensors(self, folded: FoldedModel) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in folded.surroundings():
+            yield name, tensor.to(self.dtype_of(folded, name))
+        for index in range(len(folded)):
+            block = folded.block(index)
+            for name in folded.block_names(index):
+                linear = name.removesuffix(".weight")
+                if linear in block.weights:
+                    packed = self.pack(block.weights[linear], folded.linears[linear])
+                    yield from ((f"{linear}.{suffix}", tensor) for suffix, tensor in packed.items())
+                else:
+                    yield name, block.tensors[name].to(self.dtype_of(folded, name))
+
+    def _config(self, model: OmniQuantModel) -> dict[str, Any]:
+        """The source's own configuration with the dtype and how it is quantized."""
+        source = model.source.config_json
+        config = {key: value for key, value in source.items() if key != "torch_dtype"}
+        config["dtype"] = self.config_dtype(source)
+        quantization = self.quantization_config(model)
+        return config if quantization is None else config | {"quantization_config": dict(quantization)}
