@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature below changes; the loader refuses a library of another version. */
-#define OMNIQUANT_ABI_VERSION 1
+#define OMNIQUANT_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define OMNIQUANT_API __declspec(dllexport)
@@ -17,6 +17,17 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* How a row of integer codes stands in 32-bit words, the first code in the lowest bits.
+ * STREAM: one contiguous bit stream; words = ceil(columns * bits / 32); codes may straddle words.
+ * WORDS: floor(32 / bits) codes a word, none straddles, the upper bits are zero.
+ * PLANES: columns are padded with zero codes to a multiple of 32, and the code is cut into the
+ * binary digits of its width, its lowest bits in the widest plane (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
+ * 7 = 4 + 2 + 1). A row is the streams of its planes, one after another. */
+enum { OMNIQUANT_STREAM = 0, OMNIQUANT_WORDS = 1, OMNIQUANT_PLANES = 2 };
+
+/* Element types where a function takes several; all of them compute in float32. */
+enum { OMNIQUANT_FLOAT32 = 0, OMNIQUANT_FLOAT16 = 1, OMNIQUANT_BFLOAT16 = 2 };
 
 /* ---- libomniquant: float32 on the host, rows [begin, end) of [rows, columns] ---- */
 
@@ -46,6 +57,16 @@ OMNIQUANT_API void omniquant_dynamic_fake_quantize_backward(const float *grad, c
                                                             int64_t begin, int64_t end,
                                                             int32_t bits, int32_t symmetric);
 
+/* Rows [begin, end) of codes [rows, columns] and words [rows, words_per_row]; bits is 1 to 8.
+ * Packing drops what a code holds above its bits, and clears the bits that hold no code. */
+OMNIQUANT_API void omniquant_pack(const uint8_t *codes, uint32_t *words, int64_t columns,
+                                  int64_t words_per_row, int64_t begin, int64_t end, int32_t bits,
+                                  int32_t layout);
+
+OMNIQUANT_API void omniquant_unpack(const uint32_t *words, uint8_t *codes, int64_t columns,
+                                    int64_t words_per_row, int64_t begin, int64_t end, int32_t bits,
+                                    int32_t layout);
+
 /* ---- libomniquant_cuda: device pointers, enqueued on a cudaStream_t, never synchronising.
  * The result is a cudaError_t, 0 for success. The current device is the tensors' device. ---- */
 
@@ -53,9 +74,6 @@ OMNIQUANT_API int32_t omniquant_cuda_abi_version(void);
 
 /* 0 where the current device can run the kernels: its driver and architecture are supported. */
 OMNIQUANT_API int32_t omniquant_cuda_usable(void);
-
-/* Element types of the dynamic quantizer; it computes in float32. */
-enum { OMNIQUANT_FLOAT32 = 0, OMNIQUANT_FLOAT16 = 1, OMNIQUANT_BFLOAT16 = 2 };
 
 OMNIQUANT_API int32_t omniquant_cuda_fake_quantize(const float *x, const float *scale,
                                                    const float *zero_point, float *out,

@@ -6,10 +6,20 @@ from omniquant_pl.ops._fake_quantize import (
     fake_quantize,
     fake_quantize_backward,
 )
+from omniquant_pl.ops._layouts import LAYOUTS, padded_columns, plane_widths, words_per_row
+from omniquant_pl.ops._pack import pack, unpack
+from omniquant_pl.ops._packed_linear import packed_linear
 
 __all__ = [
+    "LAYOUTS",
     "dynamic_fake_quantize",
     "dynamic_fake_quantize_backward",
     "fake_quantize",
     "fake_quantize_backward",
+    "pack",
+    "packed_linear",
+    "padded_columns",
+    "plane_widths",
+    "unpack",
+    "words_per_row",
 ]

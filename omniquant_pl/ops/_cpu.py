@@ -1,4 +1,4 @@
-"""CPU kernels over libomniquant; float64 and half precision take the torch default."""
+"""CPU kernels over libomniquant; what it does not compute takes the torch default."""
 
 import ctypes
 from functools import partial
@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniquant_pl.ops import _default, _native
-from omniquant_pl.ops._checks import check_bits, check_parameters, check_rows, check_same_rows
+from omniquant_pl.ops import _default, _default_linear, _native
+from omniquant_pl.ops._checks import (
+    check_bits,
+    check_codes,
+    check_parameters,
+    check_rows,
+    check_same_rows,
+    check_words,
+)
+from omniquant_pl.ops._layouts import LAYOUTS, words_per_row
 from omniquant_pl.ops._native import I32, I64, POINTER
 from omniquant_pl.ops._threads import split_rows
 
@@ -18,7 +26,9 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class CpuKernels:
-    """The operators of `omniquant_pl.ops` on float32 host memory.
+    """The operators of `omniquant_pl.ops` on host memory.
+
+    Fake quantization of float64 takes the torch default, static one of half precision too.
 
     Args:
         library: the loaded libomniquant.
@@ -34,6 +44,9 @@ class CpuKernels:
         self._backward = declare("fake_quantize_backward", 7)
         self._dynamic = declare("dynamic_fake_quantize", 2)
         self._dynamic_backward = declare("dynamic_fake_quantize_backward", 3)
+        packing = [POINTER, POINTER, I64, I64, I64, I64, I32, I32]
+        self._pack = _native.declare(library, "omniquant_pack", packing)
+        self._unpack = _native.declare(library, "omniquant_unpack", packing)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """See `omniquant_pl.ops.fake_quantize`."""
@@ -94,6 +107,31 @@ class CpuKernels:
         result = torch.empty_like(x)
         _run(self._dynamic_backward, (grad, x, result), bits, symmetric)
         return result
+
+    def pack(self, codes: Tensor, bits: int, layout: str) -> Tensor:
+        """See `omniquant_pl.ops.pack`."""
+        check_codes(codes, bits, layout)
+        codes = codes.contiguous()
+        rows, columns = codes.shape
+        words = torch.empty((rows, words_per_row(columns, bits, layout)), dtype=torch.int32)
+        call = partial(self._pack, codes.data_ptr(), words.data_ptr(), columns, words.shape[1])
+        split_rows(lambda begin, end: call(begin, end, bits, LAYOUTS[layout]), rows, columns)
+        return words
+
+    def unpack(self, words: Tensor, bits: int, columns: int, layout: str) -> Tensor:
+        """See `omniquant_pl.ops.unpack`."""
+        check_words(words, bits, columns, layout)
+        words = words.contiguous()
+        codes = torch.empty((words.shape[0], columns), dtype=torch.uint8)
+        call = partial(self._unpack, words.data_ptr(), codes.data_ptr(), columns, words.shape[1])
+        split_rows(lambda begin, end: call(begin, end, bits, LAYOUTS[layout]), words.shape[0], columns)
+        return codes
+
+    def packed_linear(
+        self, x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
+    ) -> Tensor:
+        """See `omniquant_pl.ops.packed_linear`."""
+        return _default_linear.packed_linear(x, words, scale, zero_point, bits, group_size)
 
 
 def cpu_kernels() -> CpuKernels | None:

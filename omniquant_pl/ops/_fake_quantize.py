@@ -8,8 +8,7 @@ from torch import Tensor
 
 from omniquant_pl.ops import _default
 from omniquant_pl.ops._checks import check_bits, check_parameters, check_rows, check_same_rows
-from omniquant_pl.ops._cpu import cpu_kernels
-from omniquant_pl.ops._cuda import cuda_kernels
+from omniquant_pl.ops._compiled import COMPILED
 from omniquant_pl.ops._library import register
 
 __all__ = [
@@ -142,29 +141,28 @@ def _fake_dynamic_backward(grad: Tensor, x: Tensor, bits: int, symmetric: bool) 
     return x.new_empty(x.shape)
 
 
-_COMPILED = {"CPU": cpu_kernels(), "CUDA": cuda_kernels()}
 _STATIC = "Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max"
 _fake_quantize = register(
     f"fake_quantize({_STATIC}) -> Tensor",
     default=_default.fake_quantize,
     fake=_fake_like_x,
-    compiled=_COMPILED,
+    compiled=COMPILED,
 )
 _fake_quantize_backward = register(
     f"fake_quantize_backward(Tensor grad, {_STATIC}) -> (Tensor, Tensor, Tensor)",
     default=_default.fake_quantize_backward,
     fake=_fake_gradients,
-    compiled=_COMPILED,
+    compiled=COMPILED,
 )
 _dynamic_fake_quantize = register(
     "dynamic_fake_quantize(Tensor x, int bits, bool symmetric) -> Tensor",
     default=_default.dynamic_fake_quantize,
     fake=_fake_dynamic,
-    compiled=_COMPILED,
+    compiled=COMPILED,
 )
 _dynamic_fake_quantize_backward = register(
     "dynamic_fake_quantize_backward(Tensor grad, Tensor x, int bits, bool symmetric) -> Tensor",
     default=_default.dynamic_fake_quantize_backward,
     fake=_fake_dynamic_backward,
-    compiled=_COMPILED,
+    compiled=COMPILED,
 )
