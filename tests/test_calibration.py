@@ -18,6 +18,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from kept_blocks import KeepBlocks
 from omniquant_pl.block import BlockModule
 from omniquant_pl.callbacks import FoldCallback, MetricsCallback, NumericsGuard
 from omniquant_pl.data import CalibrationData
@@ -108,14 +109,6 @@ class Watch(Callback):
         self.steps.append((bool((batch[0][..., 1] > 0).any()), self.learning, changed))
 
 
-class Keep(FoldCallback):
-    def __init__(self) -> None:
-        self.blocks: list[QuantizedBlock] = []
-
-    def on_block_end(self, trainer: Any, block: QuantizedBlock, result: Any) -> None:
-        self.blocks.append(block)
-
-
 @pytest.fixture(scope="module")
 def calibrate(mixtral: Path, halves: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
     root = tmp_path_factory.mktemp("runs")
@@ -166,11 +159,11 @@ class TestExperts:
         return Watch()
 
     @pytest.fixture(scope="class")
-    def keep(self) -> Keep:
-        return Keep()
+    def keep(self) -> KeepBlocks:
+        return KeepBlocks()
 
     @pytest.fixture(scope="class")
-    def messages(self, calibrate: Callable[..., RunFolder], watch: Watch, keep: Keep) -> list[str]:
+    def messages(self, calibrate: Callable[..., RunFolder], watch: Watch, keep: KeepBlocks) -> list[str]:
         """Runs the calibration; what it has warned of."""
         records: list[logging.LogRecord] = []
         handler = logging.Handler()
@@ -178,7 +171,7 @@ class TestExperts:
         logger = logging.getLogger("omniquant_pl")
         logger.addHandler(handler)
         try:
-            calibrate("run", keep, watch, NumericsGuard())
+            calibrate("run", FoldCallback(), keep, watch, NumericsGuard())
         finally:
             logger.removeHandler(handler)
         return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
@@ -198,7 +191,7 @@ class TestExperts:
         assert {True, False} == {reaches for reaches, _, _ in watch.steps}
         assert all((SOMETIMES in learning) == reaches for reaches, learning, _ in watch.steps)
 
-    def test_factors_of_unreached_experts_do_not_clip(self, messages: list[str], keep: Keep) -> None:
+    def test_factors_of_unreached_experts_do_not_clip(self, messages: list[str], keep: KeepBlocks) -> None:
         for block in keep.blocks:
             for name, factor in block.factors.export().items():
                 if name.startswith(f"mlp.experts.{NEVER}."):
@@ -207,7 +200,7 @@ class TestExperts:
                     assert bool((torch.sigmoid(factor) < 1).all()), name
 
     @pytest.mark.parametrize("kind", ["w1", "w2", "w3"])
-    def test_they_are_rounded_to_nearest(self, messages: list[str], keep: Keep, mixtral: Path, kind: str) -> None:
+    def test_they_are_rounded_to_nearest(self, messages: list[str], keep: KeepBlocks, mixtral: Path, kind: str) -> None:
         """Their codes, in float64 from what transformers loads and the learned scale of the norm in front of them."""
         model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
         for block, layer in zip(keep.blocks, model.model.layers, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kept_blocks import KeepBlocks
 from omniquant_pl.export import HfExport
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.quant.gptq import gptq_codes
@@ -31,37 +31,18 @@ LINEARS = (
 CODES = {f"{name}.codes" for name in LINEARS}
 
 
-class Keep(CalibrationCallback):
-    """Keeps the folded blocks and what was measured of them."""
-
-    def __init__(self) -> None:
-        self.blocks: list[QuantizedBlock] = []
-        self.results: list[BlockResult] = []
-
-    def on_block_end(self, trainer: Any, block: QuantizedBlock, result: BlockResult) -> None:
-        self.blocks.append(block)
-        self.results.append(result)
-
-
 @dataclass
 class Finished:
     """A finished run."""
 
     model: OmniQuantModel
     folder: RunFolder
-    keep: Keep
+    keep: KeepBlocks
 
     def folded(self, index: int, factors: dict[str, Tensor]) -> QuantizedBlock:
         """The block that these factors give, its input of 16 tokens."""
         source = self.model.source
         return self.model.folded(index, source.block_tensors(index), source.calls(16)[index], factors)
-
-    @torch.no_grad()
-    def logits(self, blocks: Sequence[QuantizedBlock], tokens: Tensor) -> Tensor:
-        hidden = self.model.source.embed(tokens)
-        for block in blocks:
-            hidden = block(hidden)
-        return self.model.source.logits(hidden)
 
 
 def correlated_model(make_llama: Callable[..., Path], blocks: int) -> Path:
@@ -88,7 +69,8 @@ def shallow(make_llama: Callable[..., Path]) -> Path:
 @pytest.fixture
 def run(fit: Callable[..., SequentialTrainer], tmp_path: Path) -> Callable[..., Finished]:
     def run(folder: Path, rounding: str, weights: WeightSpec, epochs: int = 2, **settings: Any) -> Finished:
-        model, keep = OmniQuantModel(str(folder), weights, rounding=rounding, **settings), Keep()  # type: ignore[arg-type]
+        model = OmniQuantModel(str(folder), weights, rounding=rounding, **settings)  # type: ignore[arg-type]
+        keep = KeepBlocks()
         root = tmp_path / rounding
         trainer = fit(model, [keep], {"batch_size": 3}, max_epochs=epochs, default_root_dir=root)
         return Finished(model, trainer.run_folder, keep)
@@ -131,7 +113,7 @@ def test_file_and_exported_folder_hold_the_codes_that_were_chosen(
         if rounding == "learned":
             assert max(int(found.max()) for found in steps.values()) == 1  # offsets are within half a code
     HfExport().write(finished.model, finished.folder, tmp_path / "out")
-    loaded, calibrated = logits_of(tmp_path / "out", tokens), finished.logits(finished.keep.blocks, tokens)
+    loaded, calibrated = logits_of(tmp_path / "out", tokens), finished.keep.logits(finished.model, tokens)
     assert (loaded - calibrated).norm() < 1e-5 * calibrated.norm()
     assert (logits_of(correlated, tokens) - calibrated).norm() > 1e-2 * calibrated.norm()
 

@@ -46,12 +46,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from kept_blocks import KeepBlocks
 from omniquant_pl.arch import family_of, registered_families
 from omniquant_pl.callbacks import FoldCallback, KeepBestState, MetricsCallback, NumericsGuard
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.export import HfExport
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import (
@@ -428,18 +428,6 @@ def accept(drawn: Settings, model_type: str) -> None:
 # ---- a run, and what it has to leave behind ----------------------------------------------------
 
 
-class Keep(CalibrationCallback):
-    """Keeps the blocks and what was measured of them."""
-
-    def __init__(self) -> None:
-        self.blocks: list[QuantizedBlock] = []
-        self.results: list[BlockResult] = []
-
-    def on_block_end(self, trainer: Any, block: QuantizedBlock, result: BlockResult) -> None:
-        self.blocks.append(block)
-        self.results.append(result)
-
-
 @dataclass
 class Run:
     """A model, settings and tokens; :meth:`fit` leaves the rest."""
@@ -450,7 +438,7 @@ class Run:
     calibration: np.ndarray
     evaluation: np.ndarray
     callbacks: Sequence[Callback] = ()
-    keep: Keep = field(default_factory=Keep)
+    keep: KeepBlocks = field(default_factory=KeepBlocks)
 
     def fit(self) -> None:
         files = {}

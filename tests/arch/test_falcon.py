@@ -10,11 +10,11 @@ from torch import nn
 from transformers import FalconConfig, PretrainedConfig
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from family_contract import FamilyTests
 from omniquant_pl.arch import family_of
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.nn import QuantLinear
-from omniquant_pl.spec import ActivationSpec
 
 TINY: dict[str, Any] = {
     "hidden_size": 48,
@@ -53,20 +53,7 @@ SHIFTS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-class TestFalcon:
-    def test_equivalence(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.equivalence_error(config) <= 1e-5
-
-    def test_linears(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.unlisted(config) == set()
-
-    @pytest.mark.parametrize("activations", [None, ActivationSpec(6)], ids=["weights", "activations"])
-    def test_round_trip(self, contract: Any, config: PretrainedConfig, activations: ActivationSpec | None) -> None:
-        assert contract.round_trip_error(config, activations) <= 1e-5
-
-    def test_attention_inputs(self, contract: Any, config: PretrainedConfig) -> None:
-        assert max(contract.quantized_attention_inputs(config)) <= 4
-
+class TestFalcon(FamilyTests):
     def test_a_batch_is_its_samples(self, contract: Any, config: PretrainedConfig) -> None:
         tokens = contract.tokens(config)
         source = SourceModel(contract.save(config))

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, PretrainedConfig
 
+from family_contract import FamilyTests
 from omniquant_pl.arch import family_of
 from omniquant_pl.checkpoint import Checkpoint, SourceModel
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.spec import ActivationSpec
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -63,19 +63,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-class TestGemma:
-    def test_equivalence(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.equivalence_error(config) <= 1e-5
-
-    def test_linears(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.unlisted(config) == set()
-
-    @pytest.mark.parametrize("activations", [None, ActivationSpec(6)], ids=["weights", "activations"])
-    def test_round_trip(self, contract: Any, config: PretrainedConfig, activations: ActivationSpec | None) -> None:
-        assert contract.round_trip_error(config, activations) <= 1e-5
-
-    def test_attention_inputs(self, contract: Any, config: PretrainedConfig) -> None:
-        assert max(contract.quantized_attention_inputs(config)) <= 8
+class TestGemma(FamilyTests):
+    """The contract alone."""
 
 
 OPTIONS = {

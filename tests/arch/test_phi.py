@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import PhiConfig, PretrainedConfig
 
+from family_contract import FamilyTests
 from omniquant_pl.arch import family_of
-from omniquant_pl.spec import ActivationSpec
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -30,20 +30,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-class TestPhi:
-    def test_equivalence(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.equivalence_error(config) <= 1e-5
-
-    def test_linears(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.unlisted(config) == set()
-
-    @pytest.mark.parametrize("activations", [None, ActivationSpec(6)], ids=["weights", "activations"])
-    def test_round_trip(self, contract: Any, config: PretrainedConfig, activations: ActivationSpec | None) -> None:
-        assert contract.round_trip_error(config, activations) <= 1e-5
-
-    def test_attention_inputs(self, contract: Any, config: PretrainedConfig) -> None:
-        assert max(contract.quantized_attention_inputs(config)) <= 4
-
+class TestPhi(FamilyTests):
     def test_shifts(self, contract: Any, config: PretrainedConfig) -> None:
         assert contract.shifted(config) == {"input_layernorm", "self_attn.v_proj"}
 

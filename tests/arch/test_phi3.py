@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import Phi3Config, PretrainedConfig
 
-from omniquant_pl.spec import ActivationSpec
+from family_contract import FamilyTests
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -45,19 +45,6 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-class TestPhi3:
-    def test_equivalence(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.equivalence_error(config) <= 1e-5
-
-    def test_linears(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.unlisted(config) == set()
-
-    @pytest.mark.parametrize("activations", [None, ActivationSpec(6)], ids=["weights", "activations"])
-    def test_round_trip(self, contract: Any, config: PretrainedConfig, activations: ActivationSpec | None) -> None:
-        assert contract.round_trip_error(config, activations) <= 1e-5
-
-    def test_attention_inputs(self, contract: Any, config: PretrainedConfig) -> None:
-        assert max(contract.quantized_attention_inputs(config)) <= 4
-
+class TestPhi3(FamilyTests):
     def test_without_biases_nothing_shifts(self, contract: Any, config: PretrainedConfig) -> None:
         assert contract.shifted(config) == set()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import PretrainedConfig, Qwen3Config
+from transformers import Qwen3Config
 
-from omniquant_pl.spec import ActivationSpec
+from family_contract import FamilyTests
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -37,19 +37,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-class TestQwen3:
-    def test_equivalence(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.equivalence_error(config) <= 1e-5
-
-    def test_linears(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.unlisted(config) == set()
-
-    @pytest.mark.parametrize("activations", [None, ActivationSpec(6)], ids=["weights", "activations"])
-    def test_round_trip(self, contract: Any, config: PretrainedConfig, activations: ActivationSpec | None) -> None:
-        assert contract.round_trip_error(config, activations) <= 1e-5
-
-    def test_attention_inputs(self, contract: Any, config: PretrainedConfig) -> None:
-        assert max(contract.quantized_attention_inputs(config)) <= 8
+class TestQwen3(FamilyTests):
+    """The contract alone."""
 
 
 def test_shifts_need_biases(contract: Any) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
+from family_contract import FamilyTests
 from omniquant_pl.arch import family_of
-from omniquant_pl.spec import ActivationSpec
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -40,20 +40,10 @@ CONFIGS = QWEN3 | QWEN2
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-class TestQwenMoe:
-    def test_equivalence(self, contract: Any, config: PretrainedConfig) -> None:
-        assert contract.equivalence_error(config) <= 1e-5
-
-    def test_linears(self, contract: Any, config: PretrainedConfig) -> None:
+class TestQwenMoe(FamilyTests):
+    def unquantized(self, config: PretrainedConfig) -> set[str]:
         shared = {"mlp.shared_expert_gate"} if config.model_type == "qwen2_moe" else set()
-        assert contract.unlisted(config) == {"mlp.gate"} | shared
-
-    @pytest.mark.parametrize("activations", [None, ActivationSpec(6)], ids=["weights", "activations"])
-    def test_round_trip(self, contract: Any, config: PretrainedConfig, activations: ActivationSpec | None) -> None:
-        assert contract.round_trip_error(config, activations) <= 1e-5
-
-    def test_attention_inputs(self, contract: Any, config: PretrainedConfig) -> None:
-        assert max(contract.quantized_attention_inputs(config)) <= 8
+        return {"mlp.gate"} | shared
 
 
 @pytest.mark.parametrize(

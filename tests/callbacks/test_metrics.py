@@ -15,26 +15,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from omniquant_pl.block import BlockModule
+from kept_blocks import KeepBlocks
 from omniquant_pl.callbacks import MetricsCallback
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.hooks import BlockResult
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import ActivationSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Watch(CalibrationCallback):
+class Watch(KeepBlocks):
     """Reads the file after every block, and keeps the blocks."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[dict[str, Any]] = []
-        self.blocks: list[BlockModule] = []
 
-    def on_block_end(self, trainer: SequentialTrainer, block: BlockModule, result: BlockResult) -> None:
+    def on_block_end(self, trainer: SequentialTrainer, block: QuantizedBlock, result: BlockResult) -> None:
+        super().on_block_end(trainer, block, result)
         self.seen.append(json.loads((trainer.run_folder.path / "metrics.json").read_text()))
-        self.blocks.append(block)
 
 
 class Run:
@@ -133,11 +134,7 @@ def test_perplexities(run: Run, tokens: Tensor, logits_of: Callable[..., Tensor]
     measured = run.metrics["perplexity"]["evaluation"]
     full = perplexity_of(logits_of(run.folder, tokens), tokens)
     assert measured["full_precision"] == pytest.approx(full, rel=1e-6)
-    with torch.no_grad():
-        hidden = run.model.source.embed(tokens)
-        for block in run.watch.blocks:
-            hidden = block(hidden)
-    calibrated = perplexity_of(run.model.source.logits(hidden), tokens)
+    calibrated = perplexity_of(run.watch.logits(run.model, tokens), tokens)
     assert measured["quantized"] == pytest.approx(calibrated, rel=1e-6)
     assert len({round(value, 2) for value in measured.values()}) == 3
 

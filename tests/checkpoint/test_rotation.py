@@ -33,15 +33,14 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from kept_blocks import KeepBlocks
 from omniquant_pl.arch import family_of, layout, register
 from omniquant_pl.callbacks import MetricsCallback
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.checkpoint.rotation import RandomHadamard
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import RotationSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 
@@ -200,23 +199,6 @@ class TestFunction:
         assert peaks[1] < 1.5
 
 
-class Keep(CalibrationCallback):
-    """Keeps the blocks as the calibration left them."""
-
-    def __init__(self) -> None:
-        self.blocks: list[QuantizedBlock] = []
-
-    def on_block_end(self, trainer: Any, block: QuantizedBlock, result: BlockResult) -> None:
-        self.blocks.append(block)
-
-    @torch.no_grad()
-    def logits(self, model: OmniQuantModel, tokens: Tensor) -> Tensor:
-        hidden = model.source.embed(tokens)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return model.source.logits(hidden)
-
-
 def rotated_model(folder: Path, **changes: Any) -> OmniQuantModel:
     return OmniQuantModel(str(folder), **({"weights": WeightSpec(4, 16), "rotation": RotationSpec()} | changes))
 
@@ -231,7 +213,7 @@ class TestExport:
         tokens: Tensor,
         tmp_path: Path,
     ) -> None:
-        folder, keep = save(config, tmp_path / "source"), Keep()
+        folder, keep = save(config, tmp_path / "source"), KeepBlocks()
         model = rotated_model(folder, transform=TransformSpec(mlp=True))
         HfExport().write(model, fit(model, [keep]).run_folder, tmp_path / "out")
         calibrated, loaded = keep.logits(model, tokens), logits_of(tmp_path / "out", tokens)

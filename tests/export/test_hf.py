@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from omniquant_pl.block import BlockModule
+from kept_blocks import KeepBlocks
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport
 from omniquant_pl.export.card import model_card
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec, WindowSpec
@@ -36,23 +35,6 @@ FAMILY = {
         "attention_bias": True,
     },
 }
-
-
-class Keep(CalibrationCallback):
-    """Keeps the blocks as the calibration left them."""
-
-    def __init__(self) -> None:
-        self.blocks: list[BlockModule] = []
-
-    def on_block_end(self, trainer: Any, block: BlockModule, result: BlockResult) -> None:
-        self.blocks.append(block)
-
-    @torch.no_grad()
-    def logits(self, model: OmniQuantModel, tokens: Tensor) -> Tensor:
-        hidden = model.source.embed(tokens)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return model.source.logits(hidden)
 
 
 def quantized_model(folder: Path, **changes: Any) -> OmniQuantModel:
@@ -75,7 +57,7 @@ def test_transformers_computes_the_calibrated_logits(
     tmp_path: Path,
     family: str,
 ) -> None:
-    folder, keep = make_llama(**FAMILY[family]), Keep()
+    folder, keep = make_llama(**FAMILY[family]), KeepBlocks()
     model = quantized_model(folder)
     trainer = fit(model, [keep])
     HfExport().write(model, trainer.run_folder, tmp_path / "out")
