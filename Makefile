@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 MODULES := $(VENV)/.modules
 TREE := build/tree
 NATIVE := build/native
+CLIENTS := .venv-clients
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 
 .DEFAULT_GOAL := help
-.PHONY: help install fit test lint format types contract native check clean FORCE
+.PHONY: help install fit test test-clients lint format types contract native check clean FORCE
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## .venv with the tested versions and this tree, editable
 
@@ -21,6 +22,9 @@ fit: $(INSTALLED)  ## calibrate, fold and export the built-in model
 
 test: $(INSTALLED)  ## all tests; ARGS="-m 'not slow'" leaves the slow ones out
 	$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(INSTALLED) $(CLIENTS)/.installed  ## exports, loaded by the programs they are meant for
+	OMNIQUANT_CLIENTS=$(abspath $(CLIENTS)/bin/python) $(BIN)/python -m pytest -m clients $(ARGS)
 
 lint: $(INSTALLED)  ## ruff, codespell, clang-format
 	$(BIN)/ruff check .
@@ -61,6 +65,12 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*) $(MODULES)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Programs that load exports pin versions of their own and are kept apart; llama-cpp-python is compiled.
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q -r $<
 	@touch $@
 
 # An editable installation remembers where each module stood: it is renewed when one moves.

@@ -22,6 +22,7 @@ from omniquant_pl.trainer import SequentialTrainer
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(os.environ.get("OMNIQUANT_REFERENCE", ROOT.parent / "shared" / "reference"))
+CLIENTS = os.environ.get("OMNIQUANT_CLIENTS")
 
 # The first call of a kernel is slow; a deadline would fail on that and on busy machines.
 settings.register_profile("omniquant", deadline=None)
@@ -37,6 +38,13 @@ def reference() -> Path:
     return REFERENCE
 
 
+@pytest.fixture(scope="session")
+def clients() -> str:
+    """The Python interpreter of the programs that load exports, for tests marked `clients`."""
+    assert CLIENTS is not None
+    return CLIENTS
+
+
 @cache
 def _hub_answers() -> bool:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -50,6 +58,8 @@ def _hub_answers() -> bool:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose marker names something that this machine lacks."""
+    if item.get_closest_marker("clients") and CLIENTS is None:
+        pytest.skip("needs OMNIQUANT_CLIENTS, the Python that has the programs; make test-clients sets it")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("reference") and not REFERENCE.is_dir():
