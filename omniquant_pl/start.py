@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +15,9 @@ from omniquant_pl.factors import BlockFactors
 from omniquant_pl.initialization import initialize_clipping, initialize_scales
 from omniquant_pl.original import OriginalParameters, OriginalStatistics
 from omniquant_pl.quant import ChannelRange
+from omniquant_pl.run_factors import RunFactors
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, ClippingSpec, RotationSpec, TransformSpec
+from omniquant_pl.spec import ActivationSpec, ClippingSpec, TransformSpec
 
 __all__ = ["StartingPoint"]
 
@@ -28,29 +28,6 @@ class _LearnedFactors(Protocol):
     def origin(self, index: int) -> str: ...
 
     def load(self, index: int) -> dict[str, Tensor]: ...
-
-
-class _RunFactors:
-    """The factors of a finished run."""
-
-    def __init__(self, folder: RunFolder, blocks: int, rotation: RotationSpec | None) -> None:
-        self._folder = folder
-        settings = folder.read_config("model.parameters").get("model")
-        if settings is not None and settings.get("rotation") != (None if rotation is None else asdict(rotation)):
-            message = f"{folder.path} has learned for another model.rotation, {settings.get('rotation')}"
-            raise ConfigurationError("model.parameters", message)
-        missing = [index for index in range(blocks) if not folder.factor_file(index).is_file()]
-        if missing:
-            path = folder.factor_file(missing[0])
-            raise ConfigurationError(
-                "model.parameters", f"{folder.path} is not the folder of a finished run: {path} is missing"
-            )
-
-    def origin(self, index: int) -> str:
-        return str(self._folder.factor_file(index))
-
-    def load(self, index: int) -> dict[str, Tensor]:
-        return self._folder.load_factors(index, "model.parameters")
 
 
 def _refuse_rotated(source: SourceModel, path: Path) -> None:
@@ -93,11 +70,7 @@ class StartingPoint:
             is_original = path.suffix in (".pth", ".pt")
             if is_original:
                 _refuse_rotated(source, path)
-            self._learned = (
-                OriginalParameters(path, source)
-                if is_original
-                else _RunFactors(RunFolder(path), len(source), source.rotation)
-            )
+            self._learned = OriginalParameters(path, source) if is_original else RunFactors(RunFolder(path), source)
         self._statistics: OriginalStatistics | None = None
         if transform is not None and transform.scales is not None:
             _refuse_rotated(source, Path(transform.scales))
