@@ -17,7 +17,8 @@ class ExportCallback(CalibrationCallback):
     """Exports the calibrated model to ``model/`` in the run folder.
 
     Args:
-        format: hf (a plain transformers folder with dequantized weights); null exports nothing.
+        format: hf (a plain transformers folder with dequantized weights), packed (codes as ``generate`` computes with
+            them, any scheme); null exports nothing.
         dtype: Storage of the tensors that are not quantized, with hf of all: float32 keeps the calibrated values
             exactly, float16 and bfloat16 take half of it and round once more; null: what holds them exactly.
         shard_bytes: Largest size of one file.

@@ -229,7 +229,8 @@ class SequentialTrainer(Trainer):
         Args:
             model: The run's model settings.
             datamodule: What to verify with: the first evaluation set.
-            format: hf: a plain transformers folder with dequantized weights.
+            format: hf: a plain transformers folder with dequantized weights; packed: codes as
+                ``generate`` computes with them, any scheme.
             output: The folder to create or replace; null: named after the format, in the run folder.
             dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
             shard_bytes: Largest size of one file.

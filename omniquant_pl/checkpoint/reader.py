@@ -63,13 +63,15 @@ class Checkpoint:
 
     Args:
         folder: The model folder.
+        key: The setting that led here, which errors name.
 
     Raises:
         ConfigurationError: If the folder has no readable safetensors weights.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: str = "model.path") -> None:
         self.folder = folder
+        self._key = key
         self._file_of = self._index()
         self._parts = {name: StoredPart(name) for name in self._file_of}
 
@@ -80,7 +82,7 @@ class Checkpoint:
             with self._open(_SINGLE) as file:
                 return dict.fromkeys(file.keys(), _SINGLE)
         raise ConfigurationError(
-            "model.path",
+            self._key,
             f"{self.folder} holds neither {_SINGLE} nor {_INDEX}; pickled weights are not read: convert them with "
             "transformers' save_pretrained",
         )
@@ -90,17 +92,20 @@ class Checkpoint:
         try:
             weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigurationError("model.path", f"{index} is not an index of shards") from error
+            raise ConfigurationError(self._key, f"{index} is not an index of shards") from error
+        strange = next((n for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n), None)
+        if strange is not None:
+            raise ConfigurationError(self._key, f"{index} names {strange!r}, which is no file of the folder")
         missing = sorted({n for n in weight_map.values() if not (self.folder / n).is_file()})
         if missing:
-            raise ConfigurationError("model.path", f"{index} names {missing[0]}, which is missing")
+            raise ConfigurationError(self._key, f"{index} names {missing[0]}, which is missing")
         return weight_map
 
     def _open(self, name: str) -> safe_open:
         try:
             return safe_open(self.folder / name, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ConfigurationError("model.path", f"{self.folder / name} cannot be read: {error}") from error
+            raise ConfigurationError(self._key, f"{self.folder / name} cannot be read: {error}") from error
 
     def view(self, parts: Mapping[str, StoredPart]) -> Checkpoint:
         """Returns the same checkpoint with other tensors, which are made of what is stored.
@@ -120,6 +125,10 @@ class Checkpoint:
         """Returns all tensor names, sorted."""
         return tuple(sorted(self._parts))
 
+    def path_of(self, stored: str) -> Path:
+        """Returns the file that holds a stored tensor; the folder, if none does."""
+        return self.folder / self._file_of.get(stored, "")
+
     def read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Reads some tensors in the dtype they are stored in, each file opened and each stored tensor read once.
 
@@ -128,7 +137,7 @@ class Checkpoint:
         """
         for name in names:
             if name not in self._parts:
-                raise ConfigurationError("model.path", f"{self.folder} has no tensor {name}")
+                raise ConfigurationError(self._key, f"{self.folder} has no tensor {name}")
         parts = {name: self._parts[name] for name in names}
         stored = self._read_stored({part.stored for part in parts.values() if part.stored is not None})
         return {
@@ -148,7 +157,7 @@ class Checkpoint:
             return cast(Tensor, file.get_tensor(name))  # type: ignore[no-untyped-call]
         except SafetensorError as error:
             path = self.folder / self._file_of[name]
-            raise ConfigurationError("model.path", f"{path} has no tensor {name}") from error
+            raise ConfigurationError(self._key, f"{path} has no tensor {name}") from error
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every name and tensor, one at a time."""
@@ -175,9 +184,10 @@ class Checkpoint:
         if part.stored is None:
             return TensorInfo(part.zeros, "F32")
         if part.stored not in self._infos:
-            path = self.folder / self._file_of.get(part.stored, "")
-            raise ConfigurationError("model.path", f"{path} has no tensor {part.stored}")
+            raise ConfigurationError(self._key, f"{self.path_of(part.stored)} has no tensor {part.stored}")
         info = self._infos[part.stored]
+        if not part.index:
+            return info
         return TensorInfo(tuple(torch.empty(info.shape, device="meta")[part.index].shape), info.dtype)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -194,4 +204,4 @@ class Checkpoint:
             tensor = self._read_stored({name})[name]
             if self._infos[name].is_float and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
-                raise ConfigurationError("model.path", f"{self.folder}: {count} values of {name} are NaN or infinite")
+                raise ConfigurationError(self._key, f"{self.folder}: {count} values of {name} are NaN or infinite")

@@ -7,13 +7,14 @@ from typing import Literal
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.hf import HfExport
+from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.model import OmniQuantModel
 
 __all__ = ["FORMATS", "FormatName", "open_format"]
 
-FormatName = Literal["hf"]
+FormatName = Literal["hf", "packed"]
 
-FORMATS: dict[str, type[Export]] = {export.name: export for export in (HfExport,)}
+FORMATS: dict[str, type[Export]] = {export.name: export for export in (HfExport, PackedExport)}
 """Every format by its name."""
 
 

@@ -1,0 +1,11 @@
+"""Computes with packed weights: loading an exported folder, and generating text.
+
+>>> from omniquant_pl.runtime import load_packed
+>>> model = load_packed("runs/w4a4/packed")
+"""
+
+from omniquant_pl.runtime.generation import Generation, Sampling, generate
+from omniquant_pl.runtime.linear import PackedLinear
+from omniquant_pl.runtime.model import load_packed
+
+__all__ = ["Generation", "PackedLinear", "Sampling", "generate", "load_packed"]
