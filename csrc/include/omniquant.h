@@ -96,6 +96,26 @@ OMNIQUANT_API int32_t omniquant_cuda_dynamic_fake_quantize_backward(const void *
                                                                     int32_t symmetric,
                                                                     int32_t dtype, void *stream);
 
+/* codes [rows, columns], words [rows, words_per_row]; bits is 1 to 8. Otherwise like the host's. */
+OMNIQUANT_API int32_t omniquant_cuda_pack(const uint8_t *codes, uint32_t *words, int64_t rows,
+                                          int64_t columns, int64_t words_per_row, int32_t bits,
+                                          int32_t layout, void *stream);
+
+OMNIQUANT_API int32_t omniquant_cuda_unpack(const uint32_t *words, uint8_t *codes, int64_t rows,
+                                            int64_t columns, int64_t words_per_row, int32_t bits,
+                                            int32_t layout, void *stream);
+
+/* out [n, rows] = x [n, columns] times the transpose of (code - zero_point) * scale, summed in
+ * float32. words are in PLANES; scale and zero_point are [rows, groups], a null zero_point is
+ * 2^(bits - 1). bits is 2, 3, 4 or 8; group_size is a multiple of 32, or columns or more. dtype is
+ * that of x and out, scale_dtype that of scale. Made for an n of up to 16. */
+OMNIQUANT_API int32_t omniquant_cuda_packed_linear(const void *x, const uint32_t *words,
+                                                   const void *scale, const uint8_t *zero_point,
+                                                   void *out, int64_t n, int64_t columns,
+                                                   int64_t rows, int64_t group_size, int32_t bits,
+                                                   int32_t dtype, int32_t scale_dtype,
+                                                   void *stream);
+
 #ifdef __cplusplus
 }
 #endif

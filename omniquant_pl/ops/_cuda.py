@@ -1,4 +1,4 @@
-"""CUDA kernels over libomniquant_cuda, on the caller's stream, without synchronisation."""
+"""CUDA kernels over libomniquant_cuda; what they do not compute takes the torch default."""
 
 import ctypes
 import logging
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from omniquant_pl.ops import _default, _native
 from omniquant_pl.ops._checks import check_bits, check_parameters, check_rows, check_same_rows
+from omniquant_pl.ops._cuda_launch import ELEMENT, launch
+from omniquant_pl.ops._cuda_packed import PackedCudaKernels
 from omniquant_pl.ops._native import I32, I64, POINTER
 
 __all__ = ["CudaKernels", "cuda_kernels"]
 
 _LOGGER = logging.getLogger(__name__)
-_ELEMENT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum in omniquant.h
 
 
 class CudaKernels:
@@ -38,6 +39,8 @@ class CudaKernels:
         self._dynamic = declare("dynamic_fake_quantize", 2, 3)
         self._dynamic_backward = declare("dynamic_fake_quantize_backward", 3, 3)
         self._runs_on = cache(self._probe)
+        packed = PackedCudaKernels(library, self._runs_on)
+        self.pack, self.unpack, self.packed_linear = packed.pack, packed.unpack, packed.packed_linear
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """See `omniquant_pl.ops.fake_quantize`."""
@@ -74,24 +77,24 @@ class CudaKernels:
 
     def dynamic_fake_quantize(self, x: Tensor, bits: int, symmetric: bool) -> Tensor:
         """See `omniquant_pl.ops.dynamic_fake_quantize`."""
-        if x.dtype not in _ELEMENT or not self._runs_on(x.device):
+        if x.dtype not in ELEMENT or not self._runs_on(x.device):
             return _default.dynamic_fake_quantize(x, bits, symmetric)
         check_rows(x)
         check_bits(bits)
         x = x.contiguous()
         result = torch.empty_like(x)
-        _launch(self._dynamic, (x, result), bits, symmetric, _ELEMENT[x.dtype])
+        _launch(self._dynamic, (x, result), bits, symmetric, ELEMENT[x.dtype])
         return result
 
     def dynamic_fake_quantize_backward(self, grad: Tensor, x: Tensor, bits: int, symmetric: bool) -> Tensor:
         """See `omniquant_pl.ops.dynamic_fake_quantize_backward`."""
-        if x.dtype not in _ELEMENT or not self._runs_on(x.device):
+        if x.dtype not in ELEMENT or not self._runs_on(x.device):
             return _default.dynamic_fake_quantize_backward(grad, x, bits, symmetric)
         check_same_rows(grad, x)
         check_bits(bits)
         grad, x = grad.contiguous(), x.contiguous()
         result = torch.empty_like(x)
-        _launch(self._dynamic_backward, (grad, x, result), bits, symmetric, _ELEMENT[x.dtype])
+        _launch(self._dynamic_backward, (grad, x, result), bits, symmetric, ELEMENT[x.dtype])
         return result
 
     def _probe(self, device: torch.device) -> bool:
@@ -115,16 +118,6 @@ def cuda_kernels() -> CudaKernels | None:
 
 
 def _launch(function: Any, tensors: tuple[Tensor, ...], *numbers: int) -> None:
-    """Enqueue a C function whose first tensor is [rows, columns].
-
-    Raises:
-        RuntimeError: CUDA refused the launch.
-    """
-    rows, columns = tensors[0].shape
-    device = tensors[0].device
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        error = function(*pointers, rows, columns, *numbers, stream)
-    if error:
-        raise RuntimeError(f"CUDA error {error} in {function.__name__} on {device}")
+    """Enqueue a C function whose first tensor is [rows, columns]."""
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    launch(function, tensors[0].device, *pointers, *tensors[0].shape, *numbers)
