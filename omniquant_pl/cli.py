@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``test`` and ``export``, over Lightning's own."""
+"""The command line: ``fit``, ``test``, ``export`` and ``generate``, over Lightning's own."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ class OmniQuantCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "test": {"model", "datamodule"},
             "export": {"model", "datamodule"},
+            "generate": {"model", "datamodule"},
         }
 
     @override
@@ -117,6 +118,15 @@ class OmniQuantCLI(LightningCLI):
             ConfigurationError: As :meth:`before_fit`.
         """
         self._refuse_other_settings("export")
+
+    def before_generate(self) -> None:
+        """Called by Lightning before text is generated: a packed folder that is given stands for itself.
+
+        Raises:
+            ConfigurationError: As :meth:`before_fit`.
+        """
+        if self.config["generate"]["packed"] is None:
+            self._refuse_other_settings("generate")
 
     def _refuse_other_settings(self, subcommand: str) -> None:
         assert isinstance(self.trainer, SequentialTrainer)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -32,12 +33,14 @@ from omniquant_pl.export import (
     StorageDtype,
     Verification,
     open_format,
+    open_runnable,
     refuse_differing,
     verification_table,
 )
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.runtime import Generation, Sampling, generate, generation_table, usable_device, write_terminal
 
 __all__ = ["SequentialTrainer"]
 
@@ -260,6 +263,60 @@ class SequentialTrainer(Trainer):
             Console().print(verification_table(results))
             refuse_differing(results)
         return folder
+
+    def generate(
+        self,
+        model: OmniQuantModel,
+        datamodule: CalibrationData,
+        prompt: str | None = None,
+        chat: bool = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        packed: str | None = None,
+        device: str | None = None,
+        dtype: StorageDtype | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Generation:
+        """Generate text with the packed model of a finished run.
+
+        Args:
+            model: The run's model settings.
+            datamodule: Not used; a run's configuration has it.
+            prompt: The text to go on from.
+            chat: Put the prompt into the tokenizer's chat template, and show the answer alone.
+            max_new_tokens: Tokens to generate at most; fewer where the model ends the text or has no positions left.
+            temperature: 0 takes the likeliest token; otherwise what the logits are divided by before one is drawn.
+            top_k: Draw among so many of the likeliest tokens; null: among all.
+            top_p: Draw among the likeliest tokens that together have this probability; null: among all.
+            seed: Of the draws.
+            packed: A packed folder to load instead of the run's model; null: packed/ in the run folder, or, where that
+                is missing or older than the run, the run's model, packed in memory.
+            device: Where to compute, such as cpu or cuda; null: the trainer's device.
+            dtype: What is not quantized is held and computed in it; null: float32 on a CPU, bfloat16 elsewhere.
+            ckpt_path: Not used; a run's configuration may carry it.
+            weights_only: Likewise.
+
+        Returns:
+            The tokens and how long they took.
+
+        Raises:
+            ConfigurationError: If the run or the folder cannot be used, or a setting is out of range.
+        """
+        del datamodule, ckpt_path, weights_only
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        if not prompt:
+            raise ConfigurationError("prompt", "give the text to go on from, such as --prompt 'Once'")
+        target = self.strategy.root_device if device is None else usable_device(device)
+        usual: StorageDtype = "float32" if target.type == "cpu" else "bfloat16"
+        folder = None if packed is None else Path(packed)
+        network, tokenizer = open_runnable(model, self.run_folder, folder, getattr(torch, dtype or usual), target)
+        result = generate(network, tokenizer, prompt, sampling, chat, write_terminal)
+        Console().print("", generation_table(result, network), sep="\n")
+        return result
 
 
 def _refuse_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> None:

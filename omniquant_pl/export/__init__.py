@@ -3,6 +3,7 @@
 from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.hf import HfExport
 from omniquant_pl.export.registry import FORMATS, FormatName, open_format
+from omniquant_pl.export.runnable import open_runnable
 from omniquant_pl.export.verification import Verification, refuse_differing, verification_table
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "StorageDtype",
     "Verification",
     "open_format",
+    "open_runnable",
     "refuse_differing",
     "verification_table",
 ]

@@ -6,6 +6,17 @@
 
 from omniquant_pl.runtime.generation import Generation, Sampling, generate
 from omniquant_pl.runtime.linear import PackedLinear
-from omniquant_pl.runtime.model import load_packed
+from omniquant_pl.runtime.model import load_packed, usable_device
+from omniquant_pl.runtime.report import generation_table, weight_bytes, write_terminal
 
-__all__ = ["Generation", "PackedLinear", "Sampling", "generate", "load_packed"]
+__all__ = [
+    "Generation",
+    "PackedLinear",
+    "Sampling",
+    "generate",
+    "generation_table",
+    "load_packed",
+    "usable_device",
+    "weight_bytes",
+    "write_terminal",
+]

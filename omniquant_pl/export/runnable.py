@@ -1,0 +1,59 @@
+"""The model of a run, ready to compute: from a packed folder, or folded and packed in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from omniquant_pl.checkpoint.tokenizer import open_tokenizer
+from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.export.packed import PackedExport
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.runtime import load_packed
+
+__all__ = ["open_runnable"]
+
+
+def open_runnable(
+    model: OmniQuantModel, run: RunFolder, packed: Path | None, dtype: torch.dtype, device: torch.device | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the quantized model and its tokenizer.
+
+    Args:
+        model: The run's settings.
+        run: The run.
+        packed: A packed folder to load instead of the run's model; ``None`` for ``packed/`` in the run folder, or,
+            where that is missing or older than what the run has learned, the run's model packed in memory.
+        dtype: What is not quantized is held and computed in it.
+        device: Where to.
+
+    Raises:
+        ConfigurationError: If there is no tokenizer, or the folder or the run cannot be used.
+    """
+    if packed is not None:
+        found = open_tokenizer(packed, trust_remote_code=False) if packed.is_dir() else None
+        return load_packed(packed, dtype, device), _required(found, "packed", packed)
+    own = run.path / PackedExport.name
+    if _is_current(own, run):
+        found = open_tokenizer(own, trust_remote_code=False) or model.source.tokenizer  # the latter may be trusted code
+        return load_packed(own, dtype, device), _required(found, "model.path", own)
+    tokenizer = _required(model.source.tokenizer, "model.path", model.source.folder)
+    return PackedExport().in_memory(model, run, dtype, device), tokenizer
+
+
+def _is_current(packed: Path, run: RunFolder) -> bool:
+    """Whether a packed folder is there and was written after the factors of every block."""
+    config = packed / "config.json"
+    if not config.is_file():
+        return False
+    written = config.stat().st_mtime
+    return all(block.stat().st_mtime <= written for block in run.blocks.glob("*.safetensors"))
+
+
+def _required(tokenizer: PreTrainedTokenizerBase | None, key: str, folder: Path) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ConfigurationError(key, f"{folder} has no tokenizer, so that it cannot read a prompt")
+    return tokenizer

@@ -1,0 +1,46 @@
+"""What a generation took: time and memory, for a person."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from omniquant_pl.memory import peak_memory
+from omniquant_pl.runtime.generation import Generation
+
+__all__ = ["generation_table", "weight_bytes", "write_terminal"]
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def write_terminal(text: str) -> None:
+    """Writes a piece of text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def generation_table(generation: Generation, model: PreTrainedModel) -> Table:
+    """Returns a table of speeds, of the size of the model and of the most memory that the process has used."""
+    decode = generation.decode_rate
+    peak = peak_memory(model.device)
+    table = Table("", "tokens", "tokens per second")
+    table.add_row("prompt", str(generation.prompt_tokens), f"{generation.prefill_rate:.1f}")
+    table.add_row("generated", str(len(generation.tokens)), "" if decode is None else f"{decode:.1f}")
+    device = f", device {_shown(peak['device'])}" if model.device.type == "cuda" else ""
+    table.caption = f"weights {_shown(weight_bytes(model))}; peak memory: host {_shown(peak['host'])}{device}"
+    return table
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes of all tensors of a model, those that are shared counted once."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _shown(size: float) -> str:
+    unit = 0
+    while size >= 1000 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{size:.0f} B"
