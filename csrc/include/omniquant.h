@@ -67,6 +67,22 @@ OMNIQUANT_API void omniquant_unpack(const uint32_t *words, uint8_t *codes, int64
                                     int64_t words_per_row, int64_t begin, int64_t end, int32_t bits,
                                     int32_t layout);
 
+/* out [n, out_features] = x [n, in] times the transpose of the weight (code - zero_point) * scale.
+ * words [out_features, ...] are codes in planes; scale and zero_point [out_features, groups] with
+ * groups = ceil(in / group_size); without zero_point it is 2^(bits - 1). bits is 2, 3, 4 or 8, and
+ * group_size a multiple of 32 or at least in. type is that of x and out. The workspace holds as
+ * many floats as the second function says. Rows of the weight are shared by at most `threads`
+ * threads, which the library keeps; the result is the same for every number of them and every n.
+ * `lanes` is the widest vector to use, in floats: 16, 8 or 1; 0 for what the processor has. */
+OMNIQUANT_API void omniquant_packed_linear(const void *x, const uint32_t *words, const void *scale,
+                                           const uint8_t *zero_point, void *out, float *workspace,
+                                           int64_t n, int64_t in, int64_t out_features,
+                                           int64_t group_size, int32_t bits, int32_t type,
+                                           int32_t scale_type, int32_t threads, int32_t lanes);
+
+OMNIQUANT_API int64_t omniquant_packed_linear_workspace(int64_t n, int64_t in, int64_t group_size,
+                                                        int32_t bits, int32_t threads);
+
 /* ---- libomniquant_cuda: device pointers, enqueued on a cudaStream_t, never synchronising.
  * The result is a cudaError_t, 0 for success. The current device is the tensors' device. ---- */
 

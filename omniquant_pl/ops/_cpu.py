@@ -11,18 +11,22 @@ from omniquant_pl.ops import _default, _default_linear, _native
 from omniquant_pl.ops._checks import (
     check_bits,
     check_codes,
+    check_packed_linear,
     check_parameters,
     check_rows,
     check_same_rows,
     check_words,
 )
-from omniquant_pl.ops._layouts import LAYOUTS, words_per_row
+from omniquant_pl.ops._layouts import ELEMENT, LAYOUTS, UNIT, words_per_row
 from omniquant_pl.ops._native import I32, I64, POINTER
 from omniquant_pl.ops._threads import split_rows
 
 __all__ = ["CpuKernels", "cpu_kernels"]
 
 _HALVES = (torch.float16, torch.bfloat16)
+_PRODUCT_BITS = (2, 3, 4, 8)
+MAX_PRODUCT_ROWS = 64  # from here on it pays to dequantize the weight for torch's product
+WIDEST_VECTOR = 0  # in floats; 0 for the processor's own
 
 
 class CpuKernels:
@@ -47,6 +51,10 @@ class CpuKernels:
         packing = [POINTER, POINTER, I64, I64, I64, I64, I32, I32]
         self._pack = _native.declare(library, "omniquant_pack", packing)
         self._unpack = _native.declare(library, "omniquant_unpack", packing)
+        product = [*[POINTER] * 6, I64, I64, I64, I64, *[I32] * 5]
+        self._packed_linear = _native.declare(library, "omniquant_packed_linear", product)
+        sizes = [I64, I64, I64, I32, I32]
+        self._workspace = _native.declare(library, "omniquant_packed_linear_workspace", sizes, I64)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """See `omniquant_pl.ops.fake_quantize`."""
@@ -131,7 +139,26 @@ class CpuKernels:
         self, x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
     ) -> Tensor:
         """See `omniquant_pl.ops.packed_linear`."""
-        return _default_linear.packed_linear(x, words, scale, zero_point, bits, group_size)
+        check_packed_linear(x, words, scale, zero_point, bits, group_size)
+        if not _has_product(x, bits, group_size):
+            return _default_linear.packed_linear(x, words, scale, zero_point, bits, group_size)
+        n, columns = x.shape
+        group_size = min(group_size, max(columns, 1))
+        threads = torch.get_num_threads()
+        operands = [None if each is None else each.contiguous() for each in (x, words, scale, zero_point)]
+        result = x.new_empty((n, words.shape[0]))
+        workspace = torch.empty(self._workspace(n, columns, group_size, bits, threads))
+        self._packed_linear(
+            *[None if each is None else each.data_ptr() for each in (*operands, result, workspace)],
+            *(n, columns, words.shape[0], group_size),
+            *(bits, ELEMENT[x.dtype], ELEMENT[scale.dtype], threads, WIDEST_VECTOR),
+        )
+        return result
+
+
+def _has_product(x: Tensor, bits: int, group_size: int) -> bool:
+    whole_units = group_size % UNIT == 0 or group_size >= x.shape[1]
+    return bits in _PRODUCT_BITS and whole_units and x.shape[0] <= MAX_PRODUCT_ROWS
 
 
 def cpu_kernels() -> CpuKernels | None:

@@ -7,10 +7,14 @@ width is cut into its binary digits, the lowest bits of a code in the widest pla
 6 = 4 + 2, 7 = 4 + 2 + 1. A row is the streams of its planes, one after another.
 """
 
-__all__ = ["LAYOUTS", "WORD_BITS", "padded_columns", "plane_widths", "words_per_row"]
+import torch
+
+__all__ = ["ELEMENT", "LAYOUTS", "UNIT", "WORD_BITS", "padded_columns", "plane_widths", "words_per_row"]
 
 WORD_BITS = 32
+UNIT = 32  # columns of which rows in planes consist
 LAYOUTS = {"stream": 0, "words": 1, "planes": 2}  # enum in omniquant.h
+ELEMENT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum in omniquant.h
 
 
 def plane_widths(bits: int) -> list[int]:
@@ -27,7 +31,7 @@ def plane_widths(bits: int) -> list[int]:
 
 def padded_columns(columns: int) -> int:
     """Columns of a row in planes: the next multiple of 32."""
-    return -(-columns // WORD_BITS) * WORD_BITS
+    return -(-columns // UNIT) * UNIT
 
 
 def words_per_row(columns: int, bits: int, layout: str) -> int:

@@ -1,0 +1,204 @@
+// The packed product: x is stood as the kernels read it, then the weight's rows are shared out.
+#include "packed_linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "half.h"
+#include "omniquant.h"
+#include "parallel.h"
+
+using namespace omniquant;
+
+namespace {
+
+constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 19;  // handing over costs what so many take
+constexpr int64_t PIECES_PER_THREAD = 8;            // a thread that lags holds up one piece
+constexpr int64_t MAX_LANES = 16;
+constexpr int64_t MAX_ROWS = 16;  // of x at a time, so that they stay in a core's cache
+
+struct Instructions {
+    int64_t lanes;
+    PackedKernel kernel;
+};
+
+// The widest that the processor has and the caller allows; 0 allows all.
+Instructions choose(int32_t limit) {
+#if defined(OMNIQUANT_X86)
+    const int32_t lanes = limit == 0 ? MAX_LANES : limit;
+    if (lanes >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+        return {16, packed_rows_avx512};
+    }
+    if (lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        return {8, packed_rows_avx2};
+    }
+#endif
+    (void)limit;
+    return {8, packed_rows_portable};
+}
+
+// Where a call's memory goes, in floats from a line's begin on.
+struct Plan {
+    int64_t block;    // columns of a vector of words
+    int64_t columns;  // of a row of x, whole blocks
+    int64_t stride;   // of stood rows; not a power of two, which caches take badly
+    int64_t sums_stride;
+    int64_t scratch;  // of a thread
+    int64_t sums;     // begins
+    int64_t indices;
+    int64_t scratches;
+    int64_t row;
+    int64_t end;
+};
+
+Plan make_plan(int64_t n, int64_t in, int64_t group_size, int32_t bits, int64_t lanes,
+               int64_t threads) {
+    const int64_t units = (in + UNIT - 1) / UNIT;
+    const int64_t groups = (in + group_size - 1) / group_size;
+    Plan plan;
+    plan.block = lanes * fields_of(bits);
+    plan.columns = (in + plan.block - 1) / plan.block * plan.block;
+    plan.stride = whole_lines(plan.columns) + LINE;
+    plan.sums_stride = whole_lines(groups);
+    plan.scratch = scratch_floats(units, groups);
+    plan.sums = std::min(n, MAX_ROWS) * plan.stride;
+    plan.indices = plan.sums + std::min(n, MAX_ROWS) * plan.sums_stride;
+    plan.scratches = plan.indices + whole_lines(units);
+    plan.row = plan.scratches + threads * plan.scratch;
+    plan.end = plan.row + plan.columns;
+    return plan;
+}
+
+// Columns and factors of the fields, one after another.
+struct Order {
+    int32_t fields;
+    int32_t columns[16];
+    float factors[16];
+};
+
+Order make_order(int32_t bits) {
+    Order order = {};
+    order.fields = fields_of(bits);
+    for (int field = 0; field < order.fields; ++field) {
+        order.columns[field] = column_of_field(bits, field);
+        order.factors[field] = std::ldexp(1.0f, -exponent_of_field(bits, field));
+    }
+    return order;
+}
+
+OMNIQUANT_MULTIVERSION
+void read_row(const void *x, int32_t type, int64_t begin, int64_t in, float *row, int64_t columns) {
+    if (type == OMNIQUANT_FLOAT32) {
+        std::copy_n(static_cast<const float *>(x) + begin, in, row);
+    } else if (type == OMNIQUANT_FLOAT16) {
+        for (int64_t i = 0; i < in; ++i) {
+            row[i] = float_of_float16(static_cast<const uint16_t *>(x)[begin + i]);
+        }
+    } else {
+        for (int64_t i = 0; i < in; ++i) {
+            row[i] = float_of_bfloat16(static_cast<const uint16_t *>(x)[begin + i]);
+        }
+    }
+    std::fill(row + in, row + columns, 0.0f);
+}
+
+void stand(const float *row, float *to, const Plan &plan, const Order &order, int64_t lanes) {
+    for (int64_t begin = 0; begin < plan.columns; begin += plan.block) {
+        for (int32_t field = 0; field < order.fields; ++field) {
+            const float *from = row + begin + order.columns[field];
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                *to++ = from[lane * order.fields] * order.factors[field];
+            }
+        }
+    }
+}
+
+OMNIQUANT_MULTIVERSION
+void sum_groups(const float *row, float *sums, int64_t in, int64_t group_size, int64_t stride) {
+    int64_t group = 0;
+    for (int64_t begin = 0; begin < in; begin += group_size) {
+        const int64_t end = std::min(in, begin + group_size);
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = begin; i < end; ++i) {
+            sum += row[i];
+        }
+        sums[group++] = sum;
+    }
+    std::fill(sums + group, sums + stride, 0.0f);
+}
+
+// Each unit's group, counted from the group of its vector's first unit.
+void index_groups(int32_t *indices, int64_t units, int64_t group_units, int64_t lanes) {
+    for (int64_t unit = 0; unit < whole_lines(units); ++unit) {
+        const int64_t first = unit / lanes * lanes / group_units;
+        const int64_t group = std::min(unit, units - 1) / group_units;
+        indices[unit] = static_cast<int32_t>(std::max<int64_t>(group - first, 0));
+    }
+}
+
+struct Shared {
+    PackedProduct product;
+    PackedKernel kernel;
+    float *scratches;
+    int64_t scratch;
+};
+
+void run_piece(const void *context, int32_t worker, int64_t begin, int64_t end) {
+    const Shared &shared = *static_cast<const Shared *>(context);
+    shared.kernel(shared.product, shared.scratches + worker * shared.scratch, begin, end);
+}
+
+int64_t piece_of(int64_t rows, int64_t products, int32_t threads) {
+    if (threads <= 1 || products < MIN_PARALLEL_PRODUCTS) {
+        return std::max<int64_t>(rows, 1);
+    }
+    const int64_t pieces = threads * PIECES_PER_THREAD;
+    return ((rows + pieces - 1) / pieces + MAX_ROWS_AT_ONCE - 1) / MAX_ROWS_AT_ONCE *
+           MAX_ROWS_AT_ONCE;
+}
+
+}  // namespace
+
+int64_t omniquant_packed_linear_workspace(int64_t n, int64_t in, int64_t group_size, int32_t bits,
+                                          int32_t threads) {
+    return make_plan(n, in, group_size, bits, MAX_LANES, threads).end + LINE;
+}
+
+void omniquant_packed_linear(const void *x, const uint32_t *words, const void *scale,
+                             const uint8_t *zero_point, void *out, float *workspace, int64_t n,
+                             int64_t in, int64_t out_features, int64_t group_size, int32_t bits,
+                             int32_t type, int32_t scale_type, int32_t threads, int32_t lanes) {
+    const Instructions instructions = choose(lanes);
+    const Plan plan = make_plan(n, in, group_size, bits, instructions.lanes, threads);
+    const Order order = make_order(bits);
+    const auto misaligned = reinterpret_cast<uintptr_t>(workspace) / sizeof(float) % LINE;
+    float *const memory = workspace + (LINE - static_cast<int64_t>(misaligned)) % LINE;
+    auto *const indices = reinterpret_cast<int32_t *>(memory + plan.indices);
+    const int64_t units = (in + UNIT - 1) / UNIT;
+    const int64_t group_units = std::max<int64_t>(group_size >= in ? units : group_size / UNIT, 1);
+    index_groups(indices, units, group_units, instructions.lanes);
+    const PackedWeight weight = {words,        scale, zero_point,
+                                 units * bits, units, (in + group_size - 1) / group_size,
+                                 group_units,  bits,  scale_type};
+    for (int64_t first = 0; first < n; first += MAX_ROWS) {
+        const int64_t rows = std::min(n - first, MAX_ROWS);
+        float *const row = memory + plan.row;
+        for (int64_t i = 0; i < rows; ++i) {
+            read_row(x, type, (first + i) * in, in, row, plan.columns);
+            stand(row, memory + i * plan.stride, plan, order, instructions.lanes);
+            sum_groups(row, memory + plan.sums + i * plan.sums_stride, in, group_size,
+                       plan.sums_stride);
+        }
+        const StoodRows stood = {memory, memory + plan.sums, rows, plan.stride, plan.sums_stride};
+        const Output output = {out, first, out_features, type};
+        const Shared shared = {{weight, stood, output, indices},
+                               instructions.kernel,
+                               memory + plan.scratches,
+                               plan.scratch};
+        parallel_for(out_features, piece_of(out_features, rows * in * out_features, threads),
+                     threads, run_piece, &shared);
+    }
+}

@@ -1,0 +1,94 @@
+// What the kernels of the packed product share: its operands, and where x stands.
+//
+// A vector of words holds many codes a lane. Kernels take one code of every lane at a time, so x is
+// stood once a call in the order in which they come: lane j of a vector holds the `fields` columns
+// from j * fields on, and field f of all lanes is one vector of x. A field is taken out of its word
+// by a mask alone and becomes a number that is too large by a power of two; x is divided by it.
+//
+// sum((code - zero) * scale * x) = sum over groups of scale * (sum(code * x) - zero * sum(x)).
+#ifndef OMNIQUANT_PACKED_LINEAR_H
+#define OMNIQUANT_PACKED_LINEAR_H
+
+#include <cstdint>
+
+#include "multiversion.h"
+
+namespace omniquant {
+
+constexpr int64_t UNIT = 32;             // columns; a group is whole units
+constexpr int64_t MAX_ROWS_AT_ONCE = 4;  // of the weight
+
+// Columns of one lane.
+constexpr int fields_of(int bits) {
+    return bits == 3 ? 16 : 32 / bits;
+}
+
+// 3 bit: two words of nibbles are made, first of the even columns, then of the odd ones.
+constexpr int column_of_field(int bits, int field) {
+    return bits == 3 ? (field < 8 ? 2 * field : 2 * field - 15) : field;
+}
+
+// The power of two by which a field's number is too large. The last field is shifted down, as its
+// mask would hold the sign; at 3 bit it does not reach so far.
+constexpr int exponent_of_field(int bits, int field) {
+    return bits == 3 ? field % 8 * 4 : field == fields_of(bits) - 1 ? 0 : field * bits;
+}
+
+struct PackedWeight {
+    const uint32_t *words;  // [rows, words_per_row]
+    const void *scale;      // [rows, groups]
+    const uint8_t *zero_point;
+    int64_t words_per_row;
+    int64_t units;
+    int64_t groups;
+    int64_t group_units;
+    int32_t bits;
+    int32_t scale_type;
+};
+
+struct StoodRows {
+    const float *values;  // [n, stride], zero where no column is
+    const float *sums;    // [n, sums_stride], of each group
+    int64_t n;
+    int64_t stride;
+    int64_t sums_stride;
+};
+
+struct Output {
+    void *values;   // [rows, features]
+    int64_t first;  // row, of the first of x
+    int64_t features;
+    int32_t type;
+};
+
+struct PackedProduct {
+    PackedWeight weight;
+    StoodRows x;
+    Output out;
+    const int32_t *group_of_unit;  // within the groups from that of the vector's first unit on
+};
+
+// Floats that a thread needs: scales spread over units, and scale * zero of groups, of some rows.
+constexpr int64_t LINE = 16;  // floats of a cache line, and of the widest vector
+
+constexpr int64_t whole_lines(int64_t floats) {
+    return (floats + LINE - 1) / LINE * LINE;
+}
+
+constexpr int64_t scratch_floats(int64_t units, int64_t groups) {
+    return MAX_ROWS_AT_ONCE * (whole_lines(units) + whole_lines(groups) + 2 * LINE);
+}
+
+// Weight rows [begin, end) for all rows of x.
+using PackedKernel = void (*)(const PackedProduct &product, float *scratch, int64_t begin,
+                              int64_t end);
+
+void packed_rows_portable(const PackedProduct &product, float *scratch, int64_t begin, int64_t end);
+#if defined(OMNIQUANT_X86)
+void packed_rows_avx2(const PackedProduct &product, float *scratch, int64_t begin, int64_t end);
+void packed_rows_avx512(const PackedProduct &product, float *scratch, int64_t begin, int64_t end);
+#endif
+
+}  // namespace omniquant
+
+#endif
