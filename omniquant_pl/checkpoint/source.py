@@ -235,9 +235,9 @@ class SourceModel:
         self._assign(block, tensors, self.block_prefix(index))
         return block.eval()
 
-    def to(self, device: torch.device) -> None:
-        """Moves what surrounds the blocks."""
-        nn.Module.to(self._model, device)
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Moves what surrounds the blocks, to compute in a dtype."""
+        nn.Module.to(self._model, device, dtype)
 
     @property
     def device(self) -> torch.device:

@@ -32,13 +32,14 @@ Calibrated with omniquant-pl ({method}) on {data}.
 """
 
 
-def model_card(model: OmniQuantModel, folder: RunFolder, storage: str) -> str:
+def model_card(model: OmniQuantModel, folder: RunFolder, storage: str, quantizes_activations: bool = False) -> str:
     """Returns the README.md of an exported folder.
 
     Args:
         model: The settings.
         folder: The run, for its metrics and configuration.
         storage: One sentence on how this format holds the weights.
+        quantizes_activations: Whether programs that load the folder quantize activations as the scheme says.
     """
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.is_file() else {}
     return _CARD.format(
@@ -46,7 +47,7 @@ def model_card(model: OmniQuantModel, folder: RunFolder, storage: str) -> str:
         base_model=f"base_model: {model.path}\n" if is_hub_id(model.path) else "",
         scheme=model.scheme.name,
         storage=storage,
-        activations=_activations(model),
+        activations=_activations(model, quantizes_activations),
         method=_method(model, config),
         data=_data(config),
         perplexities=_perplexities(folder.read_metrics().get("perplexity", {})),
@@ -69,10 +70,12 @@ def _method(model: OmniQuantModel, config: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _activations(model: OmniQuantModel) -> str:
+def _activations(model: OmniQuantModel, are_quantized: bool) -> str:
     if model.scheme.activations is None:
         return "Activations stay in 16 bit or more.\n"
     bits = model.scheme.activations.bits
+    if are_quantized:
+        return f"Inputs of linears and of attention are quantized to {bits} bit per token while the model runs.\n"
     return (
         f"The scheme quantizes activations to {bits} bit per token. A program that does not, as transformers loading "
         "this folder, computes with better activations than the perplexity below was measured with.\n"

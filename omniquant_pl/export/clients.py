@@ -12,19 +12,20 @@ __all__ = ["transformers_logits"]
 
 
 @torch.no_grad()
-def transformers_logits(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
-    """Loads a folder with transformers, in float32.
+def transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    """Loads a folder with transformers.
 
     Args:
         folder: An exported folder.
         tokens: Token ids ``[batch, tokens]``.
+        dtype: What it computes in.
         options: Further arguments of ``from_pretrained``.
 
     Returns:
-        Logits ``[batch, tokens, vocabulary]``, float32.
+        Logits ``[batch, tokens, vocabulary]``, in that dtype.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
-    return logits.float().cpu()
+    return logits.to(dtype).cpu()

@@ -26,8 +26,9 @@ class Client:
     Attributes:
         name: What people call it.
         packages: Modules that have to be installed for it.
-        logits: Loads a folder and returns the logits ``[batch, tokens, vocabulary]``, float32, for token ids
-            ``[batch, tokens]``.
+        logits: Loads a folder and returns the logits ``[batch, tokens, vocabulary]`` for token ids ``[batch, tokens]``,
+            in what it computes in: float32, or float64 where it quantizes activations with another order of
+            operations, which in float32 rounds some of them to the code beside.
         tolerance: Largest relative error of the logits against the calibrated model's.
         quantizes_activations: Whether it quantizes activations as the scheme says.
     """

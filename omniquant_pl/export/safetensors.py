@@ -70,7 +70,8 @@ class SafetensorsExport(Export):
             writer.finish()
             write_json(target / "config.json", self._config(model))
             copy_companions(model.source.folder, target)
-            write_text(target / "README.md", model_card(model, run, self.storage(model)))
+            quantizes = any(client.quantizes_activations for client in self.clients)
+            write_text(target / "README.md", model_card(model, run, self.storage(model), quantizes))
 
     def _sizes(self, folded: FoldedModel) -> dict[str, int]:
         """Bytes of every tensor, in the order of :meth:`_tensors`."""

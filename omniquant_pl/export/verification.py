@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.export.format import Client, Export
@@ -62,40 +62,48 @@ class Verification:
             tokens: Token ids ``[batch, tokens]``.
         """
         results = []
-        expected: dict[bool, Tensor] = {}
+        expected: dict[tuple[bool, torch.dtype], Tensor] = {}
         for client in self._clients:
             if not client.is_installed:
                 results.append(ClientResult(client, None))
                 continue
-            quantizes = client.quantizes_activations
-            if quantizes not in expected:
-                expected[quantizes] = calibrated_logits(model, run, tokens, quantizes)
-            error = (client.logits(output, tokens) - expected[quantizes]).norm() / expected[quantizes].norm()
+            found = client.logits(output, tokens)
+            kind = (client.quantizes_activations, found.dtype)
+            if kind not in expected:
+                expected[kind] = calibrated_logits(model, run, tokens, *kind)
+            error = (found - expected[kind]).norm() / expected[kind].norm()
             results.append(ClientResult(client, float(error)))
         return results
 
 
 @torch.no_grad()
-def calibrated_logits(model: OmniQuantModel, run: RunFolder, tokens: Tensor, quantizes_activations: bool) -> Tensor:
-    """Returns what the calibrated model computes, one block in memory at a time, on the CPU in float32.
+def calibrated_logits(
+    model: OmniQuantModel,
+    run: RunFolder,
+    tokens: Tensor,
+    quantizes_activations: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns what the calibrated model computes, one block in memory at a time, on the CPU.
 
     Args:
         model: The run's settings.
         run: The run, for its learned factors.
         tokens: Token ids ``[batch, tokens]``.
         quantizes_activations: Whether activations are quantized as the scheme says, or not at all.
+        dtype: What it computes in, float32 or float64; the weights are those of float32.
 
     Returns:
-        Logits ``[batch, tokens, vocabulary]``.
+        Logits ``[batch, tokens, vocabulary]``, in that dtype.
     """
     source = model.source
-    source.to(torch.device("cpu"))
+    source.to(torch.device("cpu"), dtype)
     hidden = source.embed(tokens)
     for index, call in enumerate(source.calls(tokens.shape[1])):
         tensors = source.block_tensors(index)
         block = model.folded(index, tensors, call, run.load_factors(index))
         network = block.network if quantizes_activations else source.make_block(index, block.tensors)
-        hidden = call(network, hidden)
+        hidden = call(nn.Module.to(network, dtype=dtype), hidden)
     return source.logits(hidden)
 
 
