@@ -1,6 +1,7 @@
 """What happens around the calibration: folding, files, measurements, progress, numerics."""
 
 from omniquant_pl.callbacks.best import KeepBestState
+from omniquant_pl.callbacks.checkpoint import CheckpointCallback
 from omniquant_pl.callbacks.config import SaveConfig
 from omniquant_pl.callbacks.export import ExportCallback
 from omniquant_pl.callbacks.fold import FoldCallback
@@ -9,6 +10,7 @@ from omniquant_pl.callbacks.numerics import NumericsGuard
 from omniquant_pl.callbacks.progress import ProgressCallback
 
 __all__ = [
+    "CheckpointCallback",
     "ExportCallback",
     "FoldCallback",
     "KeepBestState",

@@ -27,9 +27,23 @@ class KeepBestState(CalibrationCallback):
     def __init__(self) -> None:
         self._least = math.inf
         self._best: dict[str, Any] = {}
+        self._is_resumed = False
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the checkpoint of a block keeps."""
+        return {"least": self._least, "best": self._best}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        self._least, self._best, self._is_resumed = state_dict["least"], state_dict["best"], True
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_resumed:
+            self._is_resumed = False
+            return
         self._least, self._best = math.inf, copy.deepcopy(pl_module.state_dict())
         self._compare(trainer, pl_module)
 

@@ -24,5 +24,5 @@ class SaveConfig(SaveConfigCallback, CalibrationCallback):
     @override
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.resumes:
             write_text(trainer.run_folder.config, self.parser.dump(self.config, skip_none=False))

@@ -22,4 +22,5 @@ class FoldCallback(CalibrationCallback):
             return
         block.fold()
         if trainer.is_global_zero:
-            trainer.run_folder.save_factors(block.index, block.factors.export())
+            known = {"fingerprint": trainer.fingerprint, "loss_initial": block.loss_initial, "epochs": block.epochs}
+            trainer.run_folder.save_factors(block.index, block.factors.export(), known)

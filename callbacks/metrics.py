@@ -33,18 +33,21 @@ class MetricsCallback(CalibrationCallback):
 
     def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
-        self._started = self._calibration_started = 0.0
+        self._started = self._calibration_started = self._calibrated_before = 0.0
 
     @override
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        self._started = time.perf_counter()
+        known = trainer.run_folder.read_metrics() if trainer.resumes else {}
+        seconds = known.get("seconds", {})
+        self._started = time.perf_counter() - seconds.get("total", 0.0)
+        self._calibrated_before = seconds.get("calibration", 0.0)
         self.metrics = {
             "model": model.path,
             "scheme": model.scheme.name,
-            "perplexity": {name: {} for name in trainer.evaluation_tokens},
+            "perplexity": {name: known.get("perplexity", {}).get(name, {}) for name in trainer.evaluation_tokens},
             "blocks": [],
-            "seconds": {"total": 0.0, "calibration": 0.0, "evaluation": 0.0},
+            "seconds": {"total": 0.0, "calibration": 0.0, "evaluation": seconds.get("evaluation", 0.0)},
             "peak_memory_bytes": {},
             "bits_per_weight": bits_per_weight(model.quantized_weights.values()),
             "size_bytes": _sizes(model),
@@ -56,8 +59,13 @@ class MetricsCallback(CalibrationCallback):
         assert isinstance(trainer, SequentialTrainer)
         self._evaluate(trainer, model, "full_precision")
         self._evaluate(trainer, model, "round_to_nearest")
-        self._calibration_started = time.perf_counter()
-        self._write(trainer)
+        self._calibration_started = time.perf_counter() - self._calibrated_before
+        if not trainer.resumes:
+            self._write(trainer)
+
+    @override
+    def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
+        self.metrics["blocks"].append(asdict(result))
 
     @override
     def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
@@ -72,6 +80,9 @@ class MetricsCallback(CalibrationCallback):
         self._write(trainer)
 
     def _evaluate(self, trainer: SequentialTrainer, model: OmniQuantModel, variant: str) -> None:
+        known = self.metrics["perplexity"].values()
+        if trainer.resumes and variant != "quantized" and all(variant in values for values in known):
+            return
         trainer.announce("on_evaluation_start", variant)
         started = time.perf_counter()
         for name, value in trainer.evaluation(model).measure(variant).items():

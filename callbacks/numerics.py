@@ -44,6 +44,37 @@ class NumericsGuard(CalibrationCallback):
         self._first_bad: Tensor | None = None
         self._step = 0
         self._strict: list[EarlyStopping] = []
+        self._resumed: dict[str, Any] | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the checkpoint of a block keeps."""
+        return {
+            "failures": self._failures,
+            "good": list(self._good),
+            "first_bad": self._first_bad,
+            "step": self._step,
+            "strict": len(self._strict),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        self._resumed = state_dict
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed is None:
+            return
+        state, self._resumed = self._resumed, None
+        self._failures, self._step = state["failures"], state["step"]
+        factors, optimizer_state, schedules = state["good"]
+        self._good = (factors, optimizer_state, schedules)
+        self._watch(pl_module)
+        self._first_bad = None if state["first_bad"] is None else state["first_bad"].to(pl_module.device)
+        self._strict = [each for each in trainer.early_stopping_callbacks if each.strict][: state["strict"]]
+        for stopping in self._strict:
+            stopping.strict = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,13 +89,16 @@ class NumericsGuard(CalibrationCallback):
         schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         self._good = ({}, {}, [])  # two copies at once would be large where rounding is learned
         self._good = copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict(), schedules))
-        self._parameters = dict(pl_module.named_parameters())
-        self._no_gradient = torch.zeros((), device=pl_module.device)
+        self._watch(pl_module)
         self._first_bad = None
         self._step = 0
         for stopping in self._strict:
             stopping.strict = True
         self._strict = []
+
+    def _watch(self, module: LightningModule) -> None:
+        self._parameters = dict(module.named_parameters())
+        self._no_gradient = torch.zeros((), device=module.device)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -78,6 +78,11 @@ class ProgressCallback(CalibrationCallback):
         self._progress.advance(self._epochs, float(trainer.num_training_batches))
 
     @override
+    def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
+        self._progress.update(self._blocks, advance=1)
+        self.console.print(f"block {result.index}: finished before, error {_shown(result.relative_error)}")
+
+    @override
     def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
         self._progress.update(self._blocks, advance=1, detail=_memory(trainer))
         self.console.print(
@@ -98,6 +103,10 @@ class ProgressCallback(CalibrationCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._progress.stop()
+
+
+def _shown(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.2e}"
 
 
 def _memory(trainer: Trainer) -> str:

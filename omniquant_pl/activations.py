@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -88,6 +88,15 @@ class StreamBatches:
         self.tensors = tensors
         self.batch_size = batch_size
         self.sampler = order
+        self._first = self._done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns how far the current epoch is; Lightning keeps it in checkpoints."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Lets the next epoch begin where another one was."""
+        self._first = state["done"]
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -95,7 +104,11 @@ class StreamBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Yields batches; a batch of one is a view, larger ones are gathered."""
-        for indices in self.sampler().split(self.batch_size):
+        first, self._first = self._first, 0
+        for number, indices in enumerate(self.sampler().split(self.batch_size)):
+            if number < first:
+                continue
+            self._done = number + 1
             if len(indices) == 1:
                 start = int(indices)
                 yield tuple(tensor[start : start + 1] for tensor in self.tensors)

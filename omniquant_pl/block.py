@@ -47,7 +47,7 @@ class BlockModule(LightningModule):
         self.learning = learning
         self.steps = 0
         self.epoch_losses: list[float] = []
-        self._loss_sum = torch.zeros(())
+        self._loss_sum = self._resumed_sum = torch.zeros(())
         self._loss_count = 0
 
     @property
@@ -70,7 +70,7 @@ class BlockModule(LightningModule):
     def on_fit_start(self) -> None:
         for block in self._blocks:
             block.start_learning()
-        self._loss_sum = torch.zeros((), device=self.device)
+        self._loss_sum = self._resumed_sum.to(self.device)
 
     @override
     def on_fit_end(self) -> None:
@@ -100,9 +100,24 @@ class BlockModule(LightningModule):
         return F.kl_div(found, expected, reduction="batchmean", log_target=True)
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
         for block in self._blocks:
             block.factors.project()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch"] = {
+            "losses": list(self.epoch_losses),
+            "loss_sum": self._loss_sum.detach().cpu(),
+            "loss_count": self._loss_count,
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        epoch = checkpoint["epoch"]
+        self.epoch_losses = list(epoch["losses"])
+        self._resumed_sum, self._loss_count = epoch["loss_sum"], epoch["loss_count"]
 
     def forget_epoch(self) -> None:
         """Drops the losses of the current epoch, which has been taken back."""

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from omniquant_pl.activations import BatchOrder, StreamBatches, Streams, map_bat
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import CalibrationError
+from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.hooks import BlockResult
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import observe_inputs, observe_samples
@@ -37,6 +38,7 @@ class Engine:
         context: Precision context of a forward pass.
         fit_block: Lets a block learn from batches.
         announce: Calls a hook of the callbacks with its arguments.
+        pause: Called where an interruption loses nothing.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Engine:
         context: Callable[[], AbstractContextManager[Any]],
         fit_block: Callable[[BlockModule, StreamBatches], None],
         announce: Callable[..., None],
+        pause: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
         self.context = context
         self.fit_block = fit_block
         self.announce = announce
+        self.pause = pause
 
     def map(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """Runs a block over a stream ``[samples, tokens, channels]`` without gradients; float32 comes back."""
@@ -66,6 +70,7 @@ class Calibration:
         batch_size: Samples of a step.
         order: Order of the samples.
         engine: The trainer's side.
+        finished: What was done before an interruption.
     """
 
     def __init__(
@@ -75,12 +80,14 @@ class Calibration:
         batch_size: int,
         order: BatchOrder,
         engine: Engine,
+        finished: FinishedBlocks,
     ) -> None:
         self._model = model
         self._source = model.source
         self._batch_size = batch_size
         self._order = order
         self._engine = engine
+        self._finished = finished
         self._source.to(engine.device)
         self._calls = self._source.calls(tokens.shape[1])
         self._streams = Streams(map_batches(self._source.embed, tokens))
@@ -92,13 +99,54 @@ class Calibration:
         targets = self._streams.full_precision
         entered = 0
         while entered < last or pending:
+            if not pending:
+                entered = self._pass_finished(entered)
+                targets = self._streams.full_precision
+                restore = self._finished.restore_window(entered)
             while entered < last and len(pending) < window.blocks:
                 pending.append(self._enter(entered, targets))
+                restore(pending[-1].block)
                 targets = pending[-1].target
                 entered += 1
-            self._learn(list(pending))
-            for _ in range(window.stride if entered < last else len(pending)):
-                self._advance(pending.popleft())
+            if pending:
+                self._learn(list(pending))
+                left = window.stride if entered < last else len(pending)
+                if left < len(pending):
+                    self._finished.save_window([entry.block for entry in list(pending)[left:]])
+                for _ in range(left):
+                    self._advance(pending.popleft())
+                self._engine.pause()
+
+    def _pass_finished(self, index: int) -> int:
+        """Moves both streams behind the blocks that are finished already, and returns the first that is not."""
+        finished, last = self._finished, len(self._source)
+        end = finished.first_unfinished(index, last, self._model.window)
+        nobody_reads = end == last and all(finished.result(number) is not None for number in range(index, last))
+        for number in range(index, end):
+            result = finished.result(number)
+            if result is None or not nobody_reads:
+                result = self._restore(number, result)
+            self._engine.announce("on_block_restored", result)
+            self._engine.pause()
+        return end
+
+    def _restore(self, index: int, result: BlockResult | None) -> BlockResult:
+        """Moves both streams behind a finished block, which is measured unless that has been written down."""
+        engine, call, tensors = self._engine, self._calls[index], self._source.block_tensors(index)
+        found = self._finished.load(index)
+        assert found is not None
+        factors, known = found
+        original = self._source.make_block(index, tensors).to(engine.device)
+        target = engine.map(partial(call, original), self._streams.full_precision)
+        del original
+        block = self._model.folded(index, tensors, call, factors).to(engine.device)
+        block.loss_initial, block.epochs = known["loss_initial"], known["epochs"]
+        hidden = self._streams.quantized
+        output = engine.map(block, hidden)
+        if result is None:
+            result = self._measure(block, tensors, target, output, seconds=0.0)
+        self._streams.advance(target, output)
+        return result
 
     def _enter(self, index: int, hidden: Tensor) -> _Pending:
         """Prepares a block for learning, and computes its full-precision output for its full-precision input."""
@@ -146,18 +194,18 @@ class Calibration:
         self._engine.fit_block(module, StreamBatches((hidden, *targets), self._batch_size, self._order))
         for entry in window:
             entry.block.to(self._engine.device)  # a fit ends with what has learned on the CPU
-            entry.epochs += len(module.epoch_losses)
+            entry.block.epochs += len(module.epoch_losses)
         window[0].seconds += time.perf_counter() - started
 
     def _measure_initial_losses(self, window: Sequence[_Pending]) -> None:
         """Measures the blocks that have not learned yet, behind those in front of them."""
         hidden = self._streams.quantized
         for position, entry in enumerate(window):
-            if not any(math.isnan(later.loss_initial) for later in window[position:]):
+            if not any(math.isnan(later.block.loss_initial) for later in window[position:]):
                 return
             hidden = self._engine.map(entry.block, hidden)
-            if math.isnan(entry.loss_initial):
-                entry.loss_initial = _mean_squared_error(hidden, entry.target)
+            if math.isnan(entry.block.loss_initial):
+                entry.block.loss_initial = _mean_squared_error(hidden, entry.target)
 
     def _augmented_target(self, window: Sequence[_Pending]) -> Tensor:
         """The original blocks' output for the quantized stream."""
@@ -179,21 +227,29 @@ class Calibration:
         if not block.is_folded:
             raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
         output = engine.map(block, hidden)
-        nearest = self._model.round_to_nearest(block.index, entry.tensors, block.call).to(engine.device)
-        power = max(_mean_square(entry.target), torch.finfo(torch.float32).tiny)  # zero of tokens without embeddings
-        loss = _mean_squared_error(output, entry.target)
-        nearest_loss = _mean_squared_error(engine.map(nearest, hidden), entry.target)
+        seconds = entry.seconds + time.perf_counter() - started
+        result = self._measure(block, entry.tensors, entry.target, output, seconds)
         self._streams.advance(entry.target, output)
-        result = BlockResult(
+        engine.announce("on_block_end", block, result)
+
+    def _measure(
+        self, block: QuantizedBlock, tensors: Mapping[str, Tensor], target: Tensor, output: Tensor, seconds: float
+    ) -> BlockResult:
+        """Measures a folded block next to round-to-nearest, both on the quantized stream in front of it."""
+        engine = self._engine
+        nearest = self._model.round_to_nearest(block.index, tensors, block.call).to(engine.device)
+        power = max(_mean_square(target), torch.finfo(torch.float32).tiny)  # zero of tokens without embeddings
+        loss = _mean_squared_error(output, target)
+        nearest_loss = _mean_squared_error(engine.map(nearest, self._streams.quantized), target)
+        return BlockResult(
             index=block.index,
-            loss_initial=entry.loss_initial,
+            loss_initial=block.loss_initial,
             loss_final=loss,
             relative_error_rtn=nearest_loss / power,
             relative_error=loss / power,
-            seconds=entry.seconds + time.perf_counter() - started,
-            epochs=entry.epochs,
+            seconds=seconds,
+            epochs=block.epochs,
         )
-        engine.announce("on_block_end", block, result)
 
 
 @dataclass
@@ -206,8 +262,6 @@ class _Pending:
     target: Tensor
     """Its full-precision output ``[samples, tokens, channels]``."""
     seconds: float
-    loss_initial: float = math.nan
-    epochs: int = 0
 
 
 def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:

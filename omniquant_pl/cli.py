@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from typing_extensions import override
 
 from omniquant_pl.callbacks import (
+    CheckpointCallback,
     ExportCallback,
     FoldCallback,
     MetricsCallback,
@@ -26,7 +28,9 @@ from omniquant_pl.callbacks import (
 )
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
+from omniquant_pl.interruption import Interrupted, requeue
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import deciding_settings
 from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["OmniQuantCLI", "find_config", "main", "quieten", "run"]
@@ -87,6 +91,7 @@ class OmniQuantCLI(LightningCLI):
         parser.add_lightning_class_args(ProgressCallback, "progress")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(NumericsGuard, "numerics")
+        parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -101,7 +106,11 @@ class OmniQuantCLI(LightningCLI):
         Raises:
             ConfigurationError: If the run folder holds the factors of a run with other settings.
         """
-        self._refuse_other_settings("fit")
+        config = self._settings("fit")
+        assert isinstance(self.trainer, SequentialTrainer)
+        self.trainer.settings = deciding_settings(config)
+        if not (config.get("ckpt_path") and config["checkpoint"]["force"]):
+            self.trainer.run_folder.refuse_other_settings(config)
 
     def before_test(self) -> None:
         """Called by Lightning before the test: measures no run under settings that are not its own.
@@ -130,8 +139,11 @@ class OmniQuantCLI(LightningCLI):
 
     def _refuse_other_settings(self, subcommand: str) -> None:
         assert isinstance(self.trainer, SequentialTrainer)
-        config = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
-        self.trainer.run_folder.refuse_other_settings(config)
+        self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
+
+    def _settings(self, subcommand: str) -> dict[str, Any]:
+        """The resolved configuration, as it is written."""
+        return dict(yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False)))
 
 
 def find_config(name: str) -> str:
@@ -206,6 +218,9 @@ def main() -> None:
     quieten()
     try:
         run()
+    except Interrupted as error:
+        sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
+        sys.exit(0 if requeue(error) else 128 + error.signal_number)
     except MisconfigurationException as error:
         sys.stderr.write(f"error: trainer: {error}\n")
         sys.exit(2)
@@ -218,6 +233,12 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {refusal}\n")
         sys.exit(2)
+
+
+def _command_to_go_on() -> str:
+    """The command line of this process, from the last checkpoint."""
+    arguments = [argument for argument in sys.argv if not argument.startswith("--ckpt_path")]
+    return shlex.join(["python", *arguments, "--ckpt_path=last"])
 
 
 def _refusal_in(error: BaseException | None) -> ConfigurationError | CalibrationError | None:

@@ -56,6 +56,9 @@ class CalibrationCallback(Callback):
     def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
         """The perplexity of a variant of the model is about to be measured."""
 
+    def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
+        """A block that was finished before an interruption is behind both streams again."""
+
     def on_block_start(self, trainer: Trainer, block: QuantizedBlock) -> None:
         """A block's factors are initialised; Lightning's fit hooks come next."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -27,6 +28,10 @@ class QuantizedBlock(nn.Module):
         network: The prepared block (:func:`omniquant_pl.nn.prepare_block`); it holds the original tensors.
         factors: The factors to learn.
         call: How the model calls the block.
+
+    Attributes:
+        loss_initial: Mean squared error against the target before learning; NaN until it is measured.
+        epochs: Epochs learned.
     """
 
     def __init__(self, index: int, network: nn.Module, factors: BlockFactors, call: BlockCall) -> None:
@@ -35,6 +40,8 @@ class QuantizedBlock(nn.Module):
         self.network = network
         self.factors = factors
         self.call = call
+        self.loss_initial = math.nan
+        self.epochs = 0
         self.quantized: dict[str, QuantizedWeight] = {}
         self._originals: dict[str, Tensor] = {}
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from omniquant_pl.checkpoint import write_json, write_tensors
+from omniquant_pl.checkpoint import DamagedFileError, read_sealed, write_json, write_sealed
+from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["VARIANTS", "RunFolder"]
+__all__ = ["VARIANTS", "RunFolder", "deciding_settings"]
+
+_log = logging.getLogger(__name__)
 
 VARIANTS = ("full_precision", "round_to_nearest", "quantized")
 """The models whose perplexities ``metrics.json`` holds."""
@@ -45,10 +49,29 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.blocks = path / "blocks"
         self.model = path / "model"
+        self.checkpoint = path / "last.ckpt"
+        self.window = path / "window.ckpt"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes of this machine out; a killed process leaves no lock behind.
+
+        Raises:
+            ConfigurationError: If one is at work here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                message = f"another process is calibrating in {self.path}; choose another folder, or wait for it"
+                raise ConfigurationError("trainer.default_root_dir", message) from error
+            yield
 
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
-        found = [path for path in (self.blocks, self.model, self.metrics) if path.exists()]
+        checkpoints = [path for last in (self.checkpoint, self.window) for path in (last, previous_of(last))]
+        found = [path for path in (self.blocks, self.model, self.metrics, *checkpoints) if path.exists()]
         if not found:
             return
         previous = self.path / "previous"
@@ -71,10 +94,9 @@ class RunFolder:
         saved = self.read_config()
         differing = [key for key in _deciding_keys(config) if _value(saved, key) != _value(config, key)]
         if differing:
-            raise ConfigurationError(
-                "trainer.default_root_dir",
-                f"{self.path} holds a run with another {differing[0]}; choose another folder or delete that one",
-            )
+            others = ", ".join(differing)
+            message = f"{self.path} holds a run with another {others}; choose another folder or delete that one"
+            raise ConfigurationError("trainer.default_root_dir", message)
 
     def read_config(self, key: str = "trainer.default_root_dir") -> dict[str, Any]:
         """Returns the run's configuration, empty where it has none.
@@ -93,9 +115,15 @@ class RunFolder:
         """The file of one block's learned factors."""
         return self.blocks / f"{index:05d}.safetensors"
 
-    def save_factors(self, index: int, factors: dict[str, Tensor]) -> None:
-        """Writes one block's factors, whole or not at all."""
-        write_tensors(self.factor_file(index), factors, {"format": "pt"})
+    def save_factors(self, index: int, factors: Mapping[str, Tensor], content: Mapping[str, Any] | None = None) -> None:
+        """Writes one block's factors, whole or not at all.
+
+        Args:
+            index: Position of the block.
+            factors: By the names that they have in files.
+            content: What they belong to, and what is known of the block.
+        """
+        write_sealed(self.factor_file(index), factors, content or {})
 
     def load_factors(self, index: int, key: str = "trainer.default_root_dir") -> dict[str, Tensor]:
         """Reads one block's factors.
@@ -103,29 +131,53 @@ class RunFolder:
         Raises:
             ConfigurationError: If the file is missing or damaged; ``key`` is the setting that led here.
         """
+        return self.load_block(index, key)[0]
+
+    def load_block(
+        self, index: int, key: str = "trainer.default_root_dir"
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """Reads one block's factors and what they belong to, ``None`` of a file that does not say it.
+
+        Raises:
+            ConfigurationError: As :meth:`load_factors`.
+        """
         path = self.factor_file(index)
         try:
-            return load_file(path)
+            return read_sealed(path)
         except FileNotFoundError as error:
             message = f"{path} is missing; the run in {self.path} has not finished block {index}"
             raise ConfigurationError(key, message) from error
-        except SafetensorError as error:
-            raise ConfigurationError(key, f"{path} is damaged: {error}") from error
+        except DamagedFileError as error:
+            raise ConfigurationError(key, str(error)) from error
+
+    def block_content(self, index: int) -> dict[str, Any] | None:
+        """Returns what a block's factors belong to, ``None`` where there are none, or they are damaged."""
+        try:
+            return self.load_block(index)[1]
+        except ConfigurationError:
+            return None
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Replaces ``metrics.json``."""
         write_json(self.metrics, metrics)
 
     def read_metrics(self) -> dict[str, Any]:
-        """Returns the content of ``metrics.json``, empty where there is none."""
+        """Returns the content of ``metrics.json``, empty where there is none, or a damaged one."""
         if not self.metrics.is_file():
             return {}
-        content: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
-        return content
+        try:
+            return dict(json.loads(self.metrics.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):  # what it held is measured again
+            _log.warning("%s is damaged; what it says is not known any more", self.metrics)
+            return {}
+
+
+def deciding_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that decide what a calibration learns, by their keys."""
+    return {key: _value(config, key) for key in _deciding_keys(config)}
 
 
 def _deciding_keys(config: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that decide what a calibration learns."""
     sections = [f"{section}.{key}" for section in ("model", "data") for key in config[section]]
     keys = ["seed_everything", *sections, *(f"trainer.{key}" for key in _DECIDING_TRAINER_KEYS)]
     return [key for key in keys if key != "data.evaluation"]

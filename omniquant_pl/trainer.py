@@ -25,6 +25,7 @@ from typing_extensions import override
 from omniquant_pl.activations import BatchOrder, StreamBatches
 from omniquant_pl.block import BlockModule
 from omniquant_pl.calibration import Calibration, Engine
+from omniquant_pl.checkpoint.guarded import GuardedCheckpointIO, load_latest
 from omniquant_pl.data import CalibrationData, TextSettings
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate import VARIANTS, Evaluation, perplexity_table
@@ -37,7 +38,10 @@ from omniquant_pl.export import (
     refuse_differing,
     verification_table,
 )
+from omniquant_pl.fingerprint import fingerprint
+from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.interruption import Interruption, is_requeued
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.runtime import Generation, Sampling, generate, generation_table, usable_device, write_terminal
@@ -68,6 +72,7 @@ class SequentialTrainer(Trainer):
     ) -> None:
         root = Path(options.get("default_root_dir") or "runs/default")
         options["default_root_dir"] = str(root)
+        options["plugins"] = [*_listed(options.get("plugins")), GuardedCheckpointIO()]
         if logger is None or logger is True:
             logger = CSVLogger(root, name="logs", version="")
         _refuse_options(max_epochs, root, options)
@@ -78,6 +83,12 @@ class SequentialTrainer(Trainer):
         self.epochs_per_block = max_epochs
         self.run_folder = RunFolder(root)
         self.evaluation_tokens: dict[str, Tensor] = {}
+        self.interruption = Interruption()
+        self.settings: Mapping[str, Any] = {}
+        self.fingerprint: dict[str, str] = {}
+        self.resumes = False
+        self.block_epochs = {"first_epoch": 0, "max_epochs": 0}
+        self._resume: tuple[Path, dict[str, Any]] | None = None
         self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []
         self._refuse_what_cannot_work()
 
@@ -105,15 +116,34 @@ class SequentialTrainer(Trainer):
         ckpt_path: Any = None,
         weights_only: bool | None = None,
     ) -> None:
-        if ckpt_path is not None:
-            raise ConfigurationError(
-                "ckpt_path", "an interrupted calibration cannot be taken up again yet; leave it out"
-            )
         assert isinstance(model, OmniQuantModel)
         assert isinstance(datamodule, CalibrationData)
+        checkpoint = self._checkpoint_of(ckpt_path)
+        with self.run_folder.locked(), self.interruption.listening():
+            self._calibrate(model, datamodule, checkpoint)
+        self.training = False
+
+    def _checkpoint_of(self, ckpt_path: Any) -> Path:
+        """Decides whether an earlier run is gone on with, and from which checkpoint inside a block."""
+        self.resumes = ckpt_path is not None or is_requeued()
+        if ckpt_path in (None, "last"):
+            return self.run_folder.checkpoint
+        path = Path(ckpt_path)
+        if not path.is_file():
+            message = f"{path} is not a file; last goes on from where the run in {self.run_folder.path} was interrupted"
+            raise ConfigurationError("ckpt_path", message)
+        return path
+
+    def _calibrate(self, model: OmniQuantModel, datamodule: CalibrationData, checkpoint: Path) -> None:
         tokens = self.prepare(model, datamodule)
         self.announce("on_ready", model)
-        if self.is_global_zero:
+        self.fingerprint = fingerprint(self.settings, model.source.folder, tokens)
+        force = any(getattr(callback, "force", False) for callback in self._calibration_callbacks)
+        finished = FinishedBlocks(self.run_folder, self.fingerprint, self.resumes, force)
+        finished.refuse_other(len(model.source))
+        if self.resumes:
+            self._resume = load_latest(checkpoint, lambda content: "calibration" in content)
+        elif self.is_global_zero:
             self.run_folder.start()
         self.announce("on_calibration_start", model)
         self.announce("on_baseline", model)
@@ -124,10 +154,11 @@ class SequentialTrainer(Trainer):
             self.precision_plugin.forward_context,
             self._fit_block,
             self.announce,
+            self.interruption.obey,
         )
-        Calibration(model, tokens, datamodule.batch_size, order, engine).run()
+        with self.interruption.deferred():
+            Calibration(model, tokens, datamodule.batch_size, order, engine, finished).run()
         self.announce("on_calibration_end", model)
-        self.training = False
 
     def _fit_block(self, block: BlockModule, batches: StreamBatches) -> None:
         """Lets Lightning fit one block, on the trainer that has fitted those before it."""
@@ -136,15 +167,24 @@ class SequentialTrainer(Trainer):
         self.training = True
         self.should_stop = False
         self.state.status = TrainerStatus.RUNNING
+        resume, self._resume = self._resume, None
+        if resume is not None and resume[1]["calibration"]["first"] != block.index:
+            resume = None
         # Lightning counts epochs over the trainer's life and would run none for a second block.
-        self.fit_loop.max_epochs = self.current_epoch + self.epochs_per_block
-        batches.sampler.start_block(self.current_epoch)
+        self.block_epochs = {
+            "first_epoch": self.current_epoch,
+            "max_epochs": self.current_epoch + self.epochs_per_block,
+        }
+        if resume is not None:
+            self.block_epochs = {key: resume[1]["calibration"][key] for key in self.block_epochs}
+        self.fit_loop.max_epochs = self.block_epochs["max_epochs"]
+        batches.sampler.start_block(self.block_epochs["first_epoch"])
         block.steps = self._steps(len(batches))
         # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.
         for callback, state in self._early_stopping:
             callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
-        self._run(block)
+        self._run(block, ckpt_path=None if resume is None else resume[0])
         # Or Lightning would hold on to the block's streams until the next one comes.
         self.fit_loop._combined_loader = None
         self.fit_loop._data_source.instance = None
@@ -176,10 +216,14 @@ class SequentialTrainer(Trainer):
 
     def announce(self, hook: str, *arguments: Any) -> None:
         """Calls a hook of :class:`CalibrationCallback` on every callback that has it: in order, an end in reverse."""
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        callbacks = self._calibration_callbacks
         for callback in reversed(callbacks) if hook.endswith("_end") else callbacks:
-            if isinstance(callback, CalibrationCallback):
-                getattr(callback, hook)(self, *arguments)
+            getattr(callback, hook)(self, *arguments)
+
+    @property
+    def _calibration_callbacks(self) -> list[CalibrationCallback]:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, CalibrationCallback)]
 
     @override
     def test(  # type: ignore[override]
@@ -330,6 +374,12 @@ def _refuse_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> 
     if root.exists() and not root.is_dir():
         raise ConfigurationError("trainer.default_root_dir", f"{root} is not a folder")
     _refuse_precision(options.get("precision"))
+
+
+def _listed(plugins: Any) -> list[Any]:
+    if plugins is None:
+        return []
+    return list(plugins) if isinstance(plugins, list | tuple) else [plugins]
 
 
 def _refuse_precision(precision: str | int | None) -> None:

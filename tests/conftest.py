@@ -141,6 +141,7 @@ def fit(token_files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Sequent
         model: OmniQuantModel,
         callbacks: Sequence[Callback] = (),
         data: dict[str, Any] | None = None,
+        ckpt_path: str | None = None,
         **trainer_options: Any,
     ) -> SequentialTrainer:
         options = {
@@ -156,7 +157,7 @@ def fit(token_files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Sequent
         trainer = SequentialTrainer(callbacks=callbacks, **(options | trainer_options))
         calibration, evaluation = (str(path) for path in token_files)
         settings = {"dataset": calibration, "samples": 6, "evaluation": [evaluation]}
-        trainer.fit(model, datamodule=CalibrationData(**(settings | (data or {}))))
+        trainer.fit(model, datamodule=CalibrationData(**(settings | (data or {}))), ckpt_path=ckpt_path)
         return trainer
 
     return fit

@@ -1,0 +1,96 @@
+"""Lightning checkpoints that appear whole, notice damage, and leave the one before them in place."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from typing_extensions import override
+
+from omniquant_pl.checkpoint.files import replace_file
+from omniquant_pl.checkpoint.sealed import DamagedFileError
+
+__all__ = ["GuardedCheckpointIO", "load_latest", "previous_of"]
+
+_log = logging.getLogger(__name__)
+_MARK = b"omniquant sha256"
+_TRAILER_BYTES = len(_MARK) + 32
+
+
+def previous_of(path: Path) -> Path:
+    """Returns where the checkpoint before the last one is."""
+    return path.with_name(f"{path.stem}-previous{path.suffix}")
+
+
+class GuardedCheckpointIO(TorchCheckpointIO):
+    """Writes ``torch.save`` files with a checksum behind them, which ``torch.load`` does not look at."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+
+        def write(temporary: Path) -> None:
+            torch.save(checkpoint, temporary)
+            digest = _digest(temporary, temporary.stat().st_size)
+            with temporary.open("ab") as file:
+                file.write(_MARK + digest)
+            if path.exists():
+                path.replace(previous_of(path))
+
+        replace_file(path, write)
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint; tensors, numbers and texts only, whatever ``weights_only`` says.
+
+        Raises:
+            DamagedFileError: If its bytes are not those that were written.
+        """
+        path = Path(path)
+        size = path.stat().st_size - _TRAILER_BYTES
+        with path.open("rb") as file:
+            file.seek(max(0, size))
+            trailer = file.read()
+        if size <= 0 or trailer != _MARK + _digest(path, size):
+            raise DamagedFileError(f"{path} is damaged: its checksum does not hold")
+        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return loaded
+
+
+def load_latest(path: Path, fits: Callable[[dict[str, Any]], bool]) -> tuple[Path, dict[str, Any]] | None:
+    """Finds the newest checkpoint that can be gone on from: the last one, or the one before.
+
+    Args:
+        path: The last one.
+        fits: Whether a checkpoint can be gone on from.
+
+    Returns:
+        Its path and content, ``None`` if there is none. A damaged one is reported in the log.
+    """
+    reader = GuardedCheckpointIO()
+    for candidate in (path, previous_of(path)):
+        if not candidate.is_file():
+            continue
+        try:
+            content = reader.load_checkpoint(candidate)
+        except (DamagedFileError, OSError) as error:
+            _log.warning("%s; going on from what was there before it", error)
+            continue
+        if fits(content):
+            return candidate, content
+    return None
+
+
+def _digest(path: Path, size: int) -> bytes:
+    """SHA-256 of the first bytes of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (part := file.read(min(size, 1 << 20))):
+            digest.update(part)
+            size -= len(part)
+    return digest.digest()

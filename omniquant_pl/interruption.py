@@ -1,0 +1,113 @@
+"""Signals that end a calibration: heard at once, obeyed where nothing gets lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Interrupted", "Interruption", "is_requeued", "requeue"]
+
+_ENDING = ("SIGINT", "SIGTERM")
+_REQUEUE = "SIGUSR1"
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: somebody asked for it)
+    """The calibration ends because of a signal; everything is kept.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+class Interruption:
+    """Notes signals, and raises :class:`Interrupted` when it is asked to, or at once where nothing is under way.
+
+    SIGINT and SIGTERM end the calibration; so does SIGUSR1 in a job of SLURM, which is put into the queue again. A
+    second SIGINT does not wait.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._deferred = 0
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside; does nothing outside the main thread, where Python delivers none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        names = [*_ENDING, *([_REQUEUE] if _job_id() is not None else [])]
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        previous = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal waits for :meth:`obey`."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+
+    def obey(self) -> None:
+        """Ends the calibration if a signal has come.
+
+        Raises:
+            Interrupted: Then.
+        """
+        if self._received is not None:
+            raise Interrupted(self._received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+        if not self._deferred:
+            self.obey()
+
+
+def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run) -> bool:
+    """Puts the job of SLURM into the queue again if that is what the signal has asked for.
+
+    Args:
+        error: What ended the calibration.
+        run: Runs a command.
+
+    Returns:
+        Whether it was asked for.
+    """
+    job = _job_id()
+    if job is None or error.signal_number != getattr(signal, _REQUEUE, None):
+        return False
+    run(["scontrol", "requeue", job], check=True)
+    return True
+
+
+def is_requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _job_id() -> str | None:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return os.environ.get("SLURM_JOB_ID") if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
