@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from omniquant_pl.activations import BatchOrder, StreamBatches
+from omniquant_pl.activations import BatchOrder, Stream, StreamBatches
 from omniquant_pl.block import BlockModule
 from omniquant_pl.callbacks import NumericsGuard
 from omniquant_pl.cli import quieten
@@ -85,7 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repetitions):
             module, tensors = make_block(model)
-            batches = StreamBatches(tensors, 1, BatchOrder(SAMPLES, 0, False))
+            streams = tuple(Stream(tensor, tensor.device) for tensor in tensors)
+            batches = StreamBatches(streams, 1, BatchOrder(SAMPLES, 0, False))
             loops["bare"].append(bare(module, batches) * 1e3)
             module, tensors = make_block(model)
             loops["lightning"].append(under_lightning(module, batches, folder) * 1e3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -13,10 +14,14 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from omniquant_pl.errors import CalibrationError
+from omniquant_pl.parts import loss_in_parts
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import LearningSpec
 
 __all__ = ["BlockModule"]
+
+_log = logging.getLogger(__name__)
 
 
 class BlockModule(LightningModule):
@@ -32,6 +37,7 @@ class BlockModule(LightningModule):
             Kullback-Leibler divergence of the predicted tokens, ``KL(p_fp || p_q)``, mean over tokens.
 
     Attributes:
+        parts: Parts that a batch is taken in, since it did not fit into memory at once; gradients are the same.
         steps: Optimizer steps that the schedule is spread over; set before the fit.
     """
 
@@ -46,6 +52,8 @@ class BlockModule(LightningModule):
         self.blocks = nn.ModuleList(blocks)
         self.learning = learning
         self.steps = 0
+        self.parts = 1
+        self._batch: Sequence[Tensor] = ()
         self.epoch_losses: list[float] = []
         self._loss_sum = self._resumed_sum = torch.zeros(())
         self._loss_count = 0
@@ -74,16 +82,67 @@ class BlockModule(LightningModule):
 
     @override
     def on_fit_end(self) -> None:
+        self._batch = ()
         for block in self._blocks:
             block.end_learning()
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``."""
-        loss = self.loss(batch)
+        self._batch = batch
+        loss = self._loss_that_fits()
         self._loss_sum += loss.detach()
         self._loss_count += 1
         return loss
+
+    def _loss_that_fits(self) -> Tensor:
+        """The loss of the batch, in more parts than before as long as memory runs out.
+
+        Raises:
+            CalibrationError: If a single sample does not fit.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        while True:
+            try:
+                if self.parts == 1:
+                    return self.loss(self._batch)
+                return loss_in_parts(self.loss, self._batch, parameters, self.parts)
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            self._take_more_parts(message)  # outside of the handler, which would hold on to what did not fit
+
+    def _take_more_parts(self, message: str) -> None:
+        samples = len(self._batch[0])
+        if self.parts >= samples:
+            raise CalibrationError(
+                f"block {self.index}: one sample does not fit into memory; lower data.sequence_length or "
+                f"model.window.blocks ({message.splitlines()[0]})"
+            )
+        self.parts = min(samples, 2 * self.parts)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _log.warning("block %d does not fit into memory: batches are taken in %d parts", self.index, self.parts)
+
+    @override
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        before = self._gradients_so_far()
+        try:
+            super().backward(loss, *arguments, **options)
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+        else:
+            return
+        del loss
+        for parameter, gradient in before:
+            parameter.grad = gradient
+        self._take_more_parts(message)
+        scale = 1 / self.trainer.accumulate_grad_batches
+        super().backward(self._loss_that_fits() * scale, *arguments, **options)
+
+    def _gradients_so_far(self) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Copies of what earlier batches of the same step have left."""
+        found = [(parameter, parameter.grad) for parameter in self.parameters()]
+        return [(parameter, None if gradient is None else gradient.clone()) for parameter, gradient in found]
 
     def loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the loss of a batch, as :meth:`training_step` gets it."""

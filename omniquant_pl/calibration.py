@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniquant_pl.activations import BatchOrder, StreamBatches, Streams, map_batches
+from omniquant_pl.activations import BatchOrder, KeptStreams, Storage, Stream, StreamBatches, Streams, map_stream
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import CalibrationError
@@ -34,7 +34,8 @@ class Engine:
     """What the calibration needs of the trainer.
 
     Args:
-        device: Where blocks and streams live.
+        device: Where blocks are computed.
+        storage: Where streams are kept.
         context: Precision context of a forward pass.
         fit_block: Lets a block learn from batches.
         announce: Calls a hook of the callbacks with its arguments.
@@ -44,21 +45,23 @@ class Engine:
     def __init__(
         self,
         device: torch.device,
+        storage: Storage,
         context: Callable[[], AbstractContextManager[Any]],
         fit_block: Callable[[BlockModule, StreamBatches], None],
         announce: Callable[..., None],
         pause: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
+        self.storage = storage
         self.context = context
         self.fit_block = fit_block
         self.announce = announce
         self.pause = pause
 
-    def map(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """Runs a block over a stream ``[samples, tokens, channels]`` without gradients; float32 comes back."""
+    def map(self, function: Callable[[Tensor], Tensor], hidden: Stream, splits: bool = True) -> Stream:
+        """Runs a block over a stream without gradients; see :func:`map_stream`."""
         with self.context():
-            return map_batches(lambda batch: function(batch).float(), hidden)
+            return map_stream(lambda batch: function(batch).float(), hidden, self.storage, splits)
 
 
 class Calibration:
@@ -90,7 +93,8 @@ class Calibration:
         self._finished = finished
         self._source.to(engine.device)
         self._calls = self._source.calls(tokens.shape[1])
-        self._streams = Streams(map_batches(self._source.embed, tokens))
+        self._kept = KeptStreams(engine.storage, finished.fingerprint)
+        self._streams = Streams(map_stream(self._source.embed, tokens, engine.storage))
 
     def run(self) -> None:
         """Calibrates every block: windows of them learn together, and each advance folds those left behind."""
@@ -116,19 +120,30 @@ class Calibration:
                 for _ in range(left):
                     self._advance(pending.popleft())
                 self._engine.pause()
+        self._kept.remove()
 
     def _pass_finished(self, index: int) -> int:
         """Moves both streams behind the blocks that are finished already, and returns the first that is not."""
         finished, last = self._finished, len(self._source)
         end = finished.first_unfinished(index, last, self._model.window)
-        nobody_reads = end == last and all(finished.result(number) is not None for number in range(index, last))
+        needed = min((number for number in range(index, end) if finished.result(number) is None), default=end)
+        if needed < last:
+            needed = self._restore_streams(index, needed)
         for number in range(index, end):
             result = finished.result(number)
-            if result is None or not nobody_reads:
+            if result is None or number >= needed:
                 result = self._restore(number, result)
             self._engine.announce("on_block_restored", result)
             self._engine.pause()
         return end
+
+    def _restore_streams(self, index: int, last: int) -> int:
+        """Takes over streams that are kept, at most those of a block, and returns which block they are in front of."""
+        kept = self._kept.restore(last)
+        if kept is None or kept[0] <= index:
+            return index
+        position, self._streams = kept
+        return position
 
     def _restore(self, index: int, result: BlockResult | None) -> BlockResult:
         """Moves both streams behind a finished block, which is measured unless that has been written down."""
@@ -148,7 +163,7 @@ class Calibration:
         self._streams.advance(target, output)
         return result
 
-    def _enter(self, index: int, hidden: Tensor) -> _Pending:
+    def _enter(self, index: int, hidden: Stream) -> _Pending:
         """Prepares a block for learning, and computes its full-precision output for its full-precision input."""
         started = time.perf_counter()
         tensors = self._source.block_tensors(index)
@@ -157,7 +172,7 @@ class Calibration:
         linears = self._source.layouts[index].linears
         sampled = linears if self._model.start.needs_samples else ()
         with observe_inputs(original, linears) as inputs, observe_samples(original, sampled) as samples:
-            target = self._engine.map(partial(call, original), hidden)
+            target = self._engine.map(partial(call, original), hidden, splits=not sampled)
         del original
         rows = {name: found.rows for name, found in samples.items()}
         block = self._model.block(index, tensors, call, inputs, rows, self._engine.device)
@@ -207,7 +222,7 @@ class Calibration:
             if math.isnan(entry.block.loss_initial):
                 entry.block.loss_initial = _mean_squared_error(hidden, entry.target)
 
-    def _augmented_target(self, window: Sequence[_Pending]) -> Tensor:
+    def _augmented_target(self, window: Sequence[_Pending]) -> Stream:
         """The original blocks' output for the quantized stream."""
         if self._streams.are_equal:
             return window[-1].target
@@ -222,7 +237,7 @@ class Calibration:
         started = time.perf_counter()
         engine, block, hidden = self._engine, entry.block, self._streams.quantized
         if self._model.rounding == "gptq":
-            block.choose_codes(lambda: engine.map(block, hidden))
+            block.choose_codes(lambda: engine.map(block, hidden, splits=False))
         engine.announce("on_block_trained", block)
         if not block.is_folded:
             raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
@@ -231,9 +246,10 @@ class Calibration:
         result = self._measure(block, entry.tensors, entry.target, output, seconds)
         self._streams.advance(entry.target, output)
         engine.announce("on_block_end", block, result)
+        self._kept.keep(block.index + 1, self._streams)
 
     def _measure(
-        self, block: QuantizedBlock, tensors: Mapping[str, Tensor], target: Tensor, output: Tensor, seconds: float
+        self, block: QuantizedBlock, tensors: Mapping[str, Tensor], target: Stream, output: Stream, seconds: float
     ) -> BlockResult:
         """Measures a folded block next to round-to-nearest, both on the quantized stream in front of it."""
         engine = self._engine
@@ -259,8 +275,8 @@ class _Pending:
     block: QuantizedBlock
     tensors: dict[str, Tensor]
     """Its original tensors."""
-    target: Tensor
-    """Its full-precision output ``[samples, tokens, channels]``."""
+    target: Stream
+    """Its full-precision output."""
     seconds: float
 
 
@@ -271,11 +287,11 @@ def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
     return ", ".join(map(str, sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})))
 
 
-def _mean_square(values: Tensor) -> float:
-    """Mean over ``[samples, ...]``, a few samples at a time: no copy of the whole stream is made."""
-    return math.fsum(float(part.square().sum()) for part in values.split(8)) / values.numel()
+def _mean_square(values: Stream) -> float:
+    """Mean over a stream, a few samples at a time: no copy of the whole is made."""
+    return math.fsum(float(part.square().sum()) for part in values.parts()) / values.shape.numel()
 
 
-def _mean_squared_error(output: Tensor, target: Tensor) -> float:
-    parts = zip(output.split(8), target.split(8), strict=True)
-    return math.fsum(float((one - other).square().sum()) for one, other in parts) / output.numel()
+def _mean_squared_error(output: Stream, target: Stream) -> float:
+    parts = zip(output.parts(), target.parts(), strict=True)
+    return math.fsum(float((one - other).square().sum()) for one, other in parts) / output.shape.numel()

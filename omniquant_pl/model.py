@@ -18,6 +18,7 @@ from omniquant_pl.quant import ChannelRange
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import (
     ActivationSpec,
+    BudgetSpec,
     ClippingSpec,
     LearningSpec,
     RotationSpec,
@@ -50,6 +51,8 @@ class OmniQuantModel(LightningModule):
         output_loss: Loss of the last block. mse: as every block; kl: divergence of the model's predictions.
         schedule: How the learning rates change over the steps of a block.
         weight_decay: AdamW weight decay of all factors.
+        activation_dtype: What the hidden states between blocks are stored in.
+        activation_budget: Memory that they may take; results do not depend on it.
         parameters: Run folder, or omni_parameters.pth of the original implementation, whose learned factors are the
             starting point; null starts from the calibration set.
         trust_remote_code: Let Python code that comes with the checkpoint run.
@@ -70,6 +73,8 @@ class OmniQuantModel(LightningModule):
         output_loss: Literal["mse", "kl"] = "mse",
         schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
         weight_decay: float = 0.0,
+        activation_dtype: Literal["float32", "bfloat16"] = "float32",
+        activation_budget: BudgetSpec = BudgetSpec(),  # noqa: B008 (frozen)
         parameters: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -94,6 +99,8 @@ class OmniQuantModel(LightningModule):
             weight_decay=weight_decay,
             schedule=schedule,
         )
+        self.activation_dtype: torch.dtype = getattr(torch, activation_dtype)
+        self.activation_budget = activation_budget
         self._start_from = parameters
         self._trust_remote_code = trust_remote_code
 

@@ -49,6 +49,7 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.blocks = path / "blocks"
         self.model = path / "model"
+        self.streams = path / "streams"
         self.checkpoint = path / "last.ckpt"
         self.window = path / "window.ckpt"
 
@@ -71,7 +72,7 @@ class RunFolder:
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
         checkpoints = [path for last in (self.checkpoint, self.window) for path in (last, previous_of(last))]
-        found = [path for path in (self.blocks, self.model, self.metrics, *checkpoints) if path.exists()]
+        found = [path for path in (self.blocks, self.model, self.metrics, self.streams, *checkpoints) if path.exists()]
         if not found:
             return
         previous = self.path / "previous"
@@ -180,7 +181,7 @@ def deciding_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _deciding_keys(config: Mapping[str, Any]) -> list[str]:
     sections = [f"{section}.{key}" for section in ("model", "data") for key in config[section]]
     keys = ["seed_everything", *sections, *(f"trainer.{key}" for key in _DECIDING_TRAINER_KEYS)]
-    return [key for key in keys if key != "data.evaluation"]
+    return [key for key in keys if key not in ("data.evaluation", "model.activation_budget")]
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

@@ -11,6 +11,7 @@ from omniquant_pl.errors import ConfigurationError
 
 __all__ = [
     "ActivationSpec",
+    "BudgetSpec",
     "ClippingSpec",
     "LearningSpec",
     "RotationSpec",
@@ -217,6 +218,26 @@ class WindowSpec:
             "model.window.stride",
             f"{self.stride} is not from 1 to model.window.blocks, which is {self.blocks}",
         )
+
+
+@dataclass(frozen=True)
+class BudgetSpec:
+    """Memory that the hidden states between blocks may take: on the device, else on the host, else files hold them.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    device: float | None = None
+    """Gigabytes of the device's memory; null: 40 % of what is free."""
+    host: float | None = None
+    """Gigabytes of the host's memory; null: 40 % of what is free."""
+
+    def __post_init__(self) -> None:
+        for name in ("device", "host"):
+            value = getattr(self, name)
+            message = f"{value} is neither null nor a number of gigabytes from 0 on"
+            _require(value is None or value >= 0, f"model.activation_budget.{name}", message)
 
 
 @dataclass(frozen=True)

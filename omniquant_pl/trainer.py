@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from omniquant_pl.activations import BatchOrder, StreamBatches
+from omniquant_pl.activations import BatchOrder, Storage, StreamBatches, place_for
 from omniquant_pl.block import BlockModule
 from omniquant_pl.calibration import Calibration, Engine
 from omniquant_pl.checkpoint.guarded import GuardedCheckpointIO, load_latest
@@ -88,6 +88,7 @@ class SequentialTrainer(Trainer):
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
         self.block_epochs = {"first_epoch": 0, "max_epochs": 0}
+        self._parts = 1
         self._resume: tuple[Path, dict[str, Any]] | None = None
         self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []
         self._refuse_what_cannot_work()
@@ -151,6 +152,7 @@ class SequentialTrainer(Trainer):
         order = BatchOrder(len(tokens), _seed(), datamodule.shuffle)
         engine = Engine(
             self.strategy.root_device,
+            self._storage(model, tokens),
             self.precision_plugin.forward_context,
             self._fit_block,
             self.announce,
@@ -159,6 +161,13 @@ class SequentialTrainer(Trainer):
         with self.interruption.deferred():
             Calibration(model, tokens, datamodule.batch_size, order, engine, finished).run()
         self.announce("on_calibration_end", model)
+
+    def _storage(self, model: OmniQuantModel, tokens: Tensor) -> Storage:
+        """Where the streams are kept: those in front of a block and behind it, and the targets of its window."""
+        device, dtype = self.strategy.root_device, model.activation_dtype
+        count = 3 + model.window.blocks + model.aug_loss
+        size = tokens.numel() * model.source.config.hidden_size * dtype.itemsize
+        return Storage(place_for(count * size, model.activation_budget, device), dtype, device, self.run_folder.streams)
 
     def _fit_block(self, block: BlockModule, batches: StreamBatches) -> None:
         """Lets Lightning fit one block, on the trainer that has fitted those before it."""
@@ -184,7 +193,9 @@ class SequentialTrainer(Trainer):
         for callback, state in self._early_stopping:
             callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
+        block.parts = self._parts
         self._run(block, ckpt_path=None if resume is None else resume[0])
+        self._parts = block.parts
         # Or Lightning would hold on to the block's streams until the next one comes.
         self.fit_loop._combined_loader = None
         self.fit_loop._data_source.instance = None

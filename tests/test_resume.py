@@ -12,10 +12,19 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 from omniquant_pl.callbacks import CheckpointCallback, KeepBestState, MetricsCallback, NumericsGuard
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, ScheduleSpec, TransformSpec, WeightSpec, WindowSpec
+from omniquant_pl.spec import (
+    ActivationSpec,
+    BudgetSpec,
+    ClippingSpec,
+    ScheduleSpec,
+    TransformSpec,
+    WeightSpec,
+    WindowSpec,
+)
 from omniquant_pl.trainer import SequentialTrainer
 
 Fit = Callable[..., SequentialTrainer]
@@ -31,11 +40,12 @@ class PowerCut(CalibrationCallback):
     """Ends everything at the n-th of the moments that a calibration can be interrupted at."""
 
     def __init__(self, moment: int) -> None:
-        self._left = moment
+        self._moment = moment
+        self.passed = 0
 
     def _tick(self) -> None:
-        self._left -= 1
-        if self._left < 0:
+        self.passed += 1
+        if self.passed > self._moment:
             raise PowerCutError
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -66,6 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rounding": {"rounding": "learned", "schedule": ScheduleSpec(warmup=0.2, decay="linear")},
     "gptq": {"rounding": "gptq", "aug_loss": True},
     "windows": {"window": WindowSpec(blocks=2), "rounding": "learned"},
+    "disk": {"activation_budget": BudgetSpec(device=0, host=0), "activation_dtype": "bfloat16"},
     "wide windows": {"window": WindowSpec(blocks=3, stride=2), "weights": WeightSpec(bits=2)},
 }
 
@@ -80,20 +91,20 @@ def calibrate(make_llama: Callable[..., Path], fit: Fit, tmp_path: Path) -> Call
         settings: dict[str, Any],
         callbacks: list[Callback],
         ckpt_path: str | None = None,
-        steps: int | None = 2,
+        force: bool = False,
+        model: Path = folder,
+        data: dict[str, Any] | None = None,
         **options: Any,
     ) -> RunFolder:
-        checkpoint = CheckpointCallback(every_n_steps=steps, every_minutes=None)
+        checkpoint = CheckpointCallback(every_n_steps=2, every_minutes=None, force=force)
         guards = [MetricsCallback(), NumericsGuard(), checkpoint]
         root = tmp_path / name
         fit(
-            OmniQuantModel(str(folder), **settings),
+            OmniQuantModel(str(model), **settings),
             [*callbacks, *guards],
-            {"batch_size": 2},
-            max_epochs=EPOCHS,
-            default_root_dir=root,
-            ckpt_path=ckpt_path,
-            **options,
+            data or {"batch_size": 2},
+            ckpt_path,
+            **{"max_epochs": EPOCHS, "default_root_dir": root, **options},
         )
         return RunFolder(root)
 
@@ -107,22 +118,154 @@ def files_of(run: RunFolder) -> dict[str, bytes]:
 def results_of(run: RunFolder) -> list[dict[str, Any]]:
     """What was measured, without the time that it took."""
     metrics = json.loads(run.metrics.read_text())
-    return [{**entry, "seconds": None} for entry in metrics["blocks"]] + [metrics["perplexity"]]
+    blocks = [{key: value for key, value in entry.items() if key != "seconds"} for entry in metrics["blocks"]]
+    return [*blocks, metrics["perplexity"]["evaluation"]]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_moments_all_over_a_calibration(calibrate: Callable[..., RunFolder], settings: str) -> None:
     """Before, inside and behind steps, epochs and blocks; each setting has moments of its own."""
     options = SETTINGS[settings]
-    whole = calibrate("whole", options, [KeepBestState()])
-    moments = range(3 + list(SETTINGS).index(settings), 100, 13)
-    for moment in moments:
-        try:
+    count = PowerCut(10**6)
+    whole = calibrate("whole", options, [KeepBestState(), count])
+    for moment in range(3 + list(SETTINGS).index(settings), count.passed, 13):
+        with pytest.raises(PowerCutError):
             calibrate(f"cut{moment}", options, [KeepBestState(), PowerCut(moment)])
-        except PowerCutError:
-            again = calibrate(f"cut{moment}", options, [KeepBestState()], ckpt_path="last")
-            assert files_of(again) == files_of(whole), moment
-            assert results_of(again) == results_of(whole), moment
-        else:
-            break
-    assert moment > moments[1]  # it was interrupted at more than one
+        again = calibrate(f"cut{moment}", options, [KeepBestState()], ckpt_path="last")
+        assert files_of(again) == files_of(whole), moment
+        assert results_of(again) == results_of(whole), moment
+
+
+class TestWhatIsThere:
+    """Which of the files an earlier run has left count."""
+
+    OPTIONS: dict[str, Any] = SETTINGS["clipping"]
+
+    @pytest.fixture
+    def cut(self, calibrate: Callable[..., RunFolder], tmp_path: Path) -> RunFolder:
+        """Interrupted inside the last block."""
+        with pytest.raises(PowerCutError):
+            calibrate("cut", self.OPTIONS, [PowerCut(64)])
+        run = RunFolder(tmp_path / "cut")
+        assert sorted(path.name for path in run.blocks.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+        assert run.checkpoint.is_file()
+        return run
+
+    def go_on(self, calibrate: Callable[..., RunFolder], **changes: Any) -> RunFolder:
+        return calibrate(**({"name": "cut", "settings": self.OPTIONS, "callbacks": [], "ckpt_path": "last"} | changes))
+
+    @pytest.fixture
+    def whole(self, calibrate: Callable[..., RunFolder]) -> dict[str, bytes]:
+        return files_of(calibrate("whole", self.OPTIONS, []))
+
+    @pytest.mark.parametrize("name", ["blocks/00000.safetensors", "blocks/00001.safetensors", "last.ckpt"])
+    @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
+    def test_a_damaged_file_costs_what_it_held(
+        self,
+        cut: RunFolder,
+        calibrate: Callable[..., RunFolder],
+        whole: dict[str, bytes],
+        caplog: pytest.LogCaptureFixture,
+        name: str,
+        damage: str,
+    ) -> None:
+        path = cut.path / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 8
+        damaged = {"truncated": content[: len(content) // 3], "flipped": content, "empty": b"", "missing": b""}[damage]
+        path.write_bytes(damaged)
+        if damage == "missing":
+            path.unlink()
+        assert files_of(self.go_on(calibrate)) == whole
+        assert damage == "missing" or any(str(path) in record.getMessage() for record in caplog.records)
+
+    def test_a_damaged_block_does_not_cost_those_behind_it(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder]
+    ) -> None:
+        cut.factor_file(0).write_bytes(b"")
+        before = cut.factor_file(1).stat().st_mtime_ns
+        self.go_on(calibrate)
+        assert cut.factor_file(1).stat().st_mtime_ns == before
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"blocks": [{"index": 0}]}'])
+    def test_lost_metrics_are_measured_again(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes], content: str
+    ) -> None:
+        expected = results_of(RunFolder(cut.path.parent / "whole"))
+        cut.metrics.write_text(content)
+        run = self.go_on(calibrate)
+        assert files_of(run) == whole
+        for found, wanted in zip(results_of(run), expected, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-6)
+
+    def test_nothing_there_is_a_start(self, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]) -> None:
+        assert files_of(self.go_on(calibrate, name="new")) == whole
+
+    def test_without_ckpt_path_it_starts_anew(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]
+    ) -> None:
+        assert files_of(self.go_on(calibrate, ckpt_path=None)) == whole
+        previous = sorted(path.name for path in (cut.path / "previous").iterdir())
+        assert "last.ckpt" in previous
+        assert "blocks" in previous
+
+    @pytest.mark.parametrize("name", ["last.ckpt", "last-previous.ckpt"])
+    def test_a_checkpoint_by_its_path(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes], name: str
+    ) -> None:
+        assert files_of(self.go_on(calibrate, ckpt_path=str(cut.path / name))) == whole
+
+    def test_a_path_that_is_no_file(self, cut: RunFolder, calibrate: Callable[..., RunFolder]) -> None:
+        with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* is not a file"):
+            self.go_on(calibrate, ckpt_path=str(cut.path / "other.ckpt"))
+
+    def test_other_tokens_are_refused_unless_forced(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        before = files_of(cut)
+        other = {"data": {"batch_size": 2, "samples": 4}}
+        with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* other calibration tokens; .*checkpoint\.force"):
+            self.go_on(calibrate, **other)
+        assert files_of(cut) == before
+        assert self.go_on(calibrate, force=True, **other).factor_file(2).is_file()
+        assert "other calibration tokens" in caplog.text
+
+    def test_other_model_files_are_refused(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], make_llama: Callable[..., Path]
+    ) -> None:
+        with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* other model files"):
+            self.go_on(calibrate, model=make_llama(num_hidden_layers=BLOCKS, rms_norm_eps=1e-3))
+
+    def test_two_processes_do_not_share_a_folder(self, cut: RunFolder, calibrate: Callable[..., RunFolder]) -> None:
+        with cut.locked(), pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir: another process"):
+            self.go_on(calibrate)
+
+    def test_losses_of_an_epoch_count_from_its_start(
+        self, calibrate: Callable[..., RunFolder], cut: RunFolder, whole: dict[str, bytes]
+    ) -> None:
+        seen: dict[str, list[list[float]]] = {}
+
+        class Losses(Callback):
+            def __init__(self, name: str) -> None:
+                self._name = name
+
+            def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+                seen.setdefault(self._name, []).append(list(pl_module.epoch_losses))
+
+        calibrate("whole2", self.OPTIONS, [Losses("whole")])
+        self.go_on(calibrate, callbacks=[Losses("cut")])
+        assert seen["cut"] == seen["whole"][-1:]
+
+
+def test_early_stopping_goes_on(calibrate: Callable[..., RunFolder]) -> None:
+    settings = {"weights": WeightSpec(bits=2), "clipping": ClippingSpec(lr=0.5)}  # the loss soon rises
+
+    def stopping() -> EarlyStopping:
+        return EarlyStopping("loss", patience=1, check_on_train_epoch_end=True)
+
+    whole = calibrate("whole", settings, [stopping()], max_epochs=8)
+    assert min(entry["epochs"] for entry in results_of(whole)[:-1]) < 8
+    for moment in (17, 31):
+        with pytest.raises(PowerCutError):
+            calibrate("cut", settings, [stopping(), PowerCut(moment)], max_epochs=8)
+        assert files_of(calibrate("cut", settings, [stopping()], ckpt_path="last", max_epochs=8)) == files_of(whole)

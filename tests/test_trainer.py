@@ -346,11 +346,6 @@ class TestRefused:
         with pytest.raises(ConfigurationError, match=r"^trainer: ."):
             SequentialTrainer(**({"default_root_dir": tmp_path, "accelerator": "cpu"} | options))
 
-    def test_checkpoint_to_resume(self, llama: Path, tmp_path: Path) -> None:
-        trainer = SequentialTrainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
-        with pytest.raises(ConfigurationError, match=r"^ckpt_path: "):
-            trainer.fit(OmniQuantModel(str(llama)), ckpt_path="last")
-
 
 class TestPrivateNames:
     """What the trainer takes from Lightning's inside; when these fail, read trainer.py again."""

@@ -1,0 +1,19 @@
+"""Hidden states between blocks: where they are kept, how they are read, the batches that blocks learn from."""
+
+from omniquant_pl.activations.batches import BatchOrder, StreamBatches, map_batches, map_stream
+from omniquant_pl.activations.kept import KeptStreams
+from omniquant_pl.activations.storage import Place, Storage, place_for
+from omniquant_pl.activations.stream import Stream, Streams
+
+__all__ = [
+    "BatchOrder",
+    "KeptStreams",
+    "Place",
+    "Storage",
+    "Stream",
+    "StreamBatches",
+    "Streams",
+    "map_batches",
+    "map_stream",
+    "place_for",
+]

@@ -1,0 +1,192 @@
+"""Batches of streams: for learning, and for passes without gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from omniquant_pl.activations.storage import Storage
+from omniquant_pl.activations.stream import Stream
+
+__all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream"]
+
+_TOKENS_PER_PASS = 8192
+"""Tokens of one batch where no gradient is needed."""
+
+_T = TypeVar("_T")
+
+
+def _samples_per_pass(tokens: int) -> int:
+    return max(1, _TOKENS_PER_PASS // tokens)
+
+
+@torch.no_grad()
+def map_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Applies a function to ``[samples, tokens, ...]`` some samples at a time and joins the results."""
+    return torch.cat([function(batch) for batch in values.split(_samples_per_pass(values.shape[1]))])
+
+
+@torch.no_grad()
+def map_stream(
+    function: Callable[[Tensor], Tensor], source: Stream | Tensor, storage: Storage, splits: bool = True
+) -> Stream:
+    """Applies a function to the samples of a stream, or to token ids, some at a time.
+
+    Where the streams are not on the device, the next batch is read and the last one written while the function runs.
+
+    Args:
+        function: Takes ``[batch, tokens, channels]`` in float32, or token ids ``[batch, tokens]``; returns hidden
+            states.
+        source: A stream, or token ids ``[samples, tokens]``.
+        storage: Where the result goes.
+        splits: Whether samples that do not fit into memory are taken in halves; not if the function counts its calls.
+
+    Returns:
+        The results for all samples.
+    """
+    size = _samples_per_pass(source.shape[1])
+    slices = [slice(start, start + size) for start in range(0, len(source), size)]
+    read = source.read if isinstance(source, Stream) else source.__getitem__
+    is_direct = storage.place == "device" and (not isinstance(source, Stream) or source.is_direct)
+    inputs = (read(samples) for samples in slices)
+    result: Stream | None = None
+    with _Writer(is_direct) as writer:
+        for samples, batch in zip(slices, inputs if is_direct else _ahead(inputs), strict=True):
+            output = _in_halves(function, batch) if splits else function(batch)
+            if result is None:
+                result = storage.empty((len(source), *output.shape[1:]))
+            writer.write(result, samples, output)
+    assert result is not None
+    return result
+
+
+def _in_halves(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    try:
+        return function(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return torch.cat([_in_halves(function, half) for half in batch.split(math.ceil(len(batch) / 2))])
+
+
+class _Writer:
+    """Writes batches, one of them while the next is computed."""
+
+    def __init__(self, is_direct: bool) -> None:
+        self._pool = None if is_direct else ThreadPoolExecutor(1, thread_name_prefix="omniquant-write")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def write(self, stream: Stream, samples: slice, output: Tensor) -> None:
+        if self._pool is None:
+            stream.write(samples, output)
+            return
+        self._wait()
+        if output.is_cuda:
+            torch.cuda.current_stream(output.device).synchronize()  # the other thread has a stream of its own
+        self._last = self._pool.submit(stream.write, samples, output)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+        if error is None:
+            self._wait()
+
+
+def _ahead(values: Iterator[_T]) -> Iterator[_T]:
+    """Yields values, each read by another thread while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="omniquant-read") as pool:
+        end = object()
+        following = pool.submit(next, values, end)
+        while (value := following.result()) is not end:
+            following = pool.submit(next, values, end)
+            yield value  # type: ignore[misc]
+
+
+class BatchOrder:
+    """The order of the samples, a function of the seed and the block's epoch only.
+
+    Args:
+        samples: Number of samples.
+        seed: Seed of the permutations.
+        shuffle: Whether epochs differ in order; otherwise the samples' own order.
+    """
+
+    def __init__(self, samples: int, seed: int, shuffle: bool) -> None:
+        self.samples = samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self._first_epoch = 0
+
+    def start_block(self, epoch: int) -> None:
+        """Counts epochs from here on: Lightning counts them over all blocks."""
+        self._first_epoch = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before every epoch."""
+        self.epoch = epoch - self._first_epoch
+
+    def __call__(self) -> Tensor:
+        """Returns the sample indices ``[samples]`` of the current epoch."""
+        if not self.shuffle:
+            return torch.arange(self.samples)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.samples, generator=generator)
+
+
+class StreamBatches:
+    """Iterates over inputs and targets of a block without a DataLoader, which would cost more than a small step.
+
+    Args:
+        streams: Input and targets.
+        batch_size: Samples of a step; the last batch may be smaller.
+        order: The order of the samples.
+    """
+
+    def __init__(self, streams: tuple[Stream, ...], batch_size: int, order: BatchOrder) -> None:
+        self.streams = streams
+        self.batch_size = batch_size
+        self.sampler = order
+        self._first = self._done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns how far the current epoch is; Lightning keeps it in checkpoints."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Lets the next epoch begin where another one was."""
+        self._first = state["done"]
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return math.ceil(self.sampler.samples / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yields batches in float32 on the device; of streams that are there a batch of one is a view."""
+        first, self._first = self._first, 0
+        order = self.sampler().split(self.batch_size)[first:]
+        batches = (self._read(indices) for indices in order)
+        is_direct = all(stream.is_direct for stream in self.streams)
+        for number, batch in enumerate(batches if is_direct else _ahead(batches), start=first + 1):
+            self._done = number
+            yield batch
+
+    def _read(self, indices: Tensor) -> tuple[Tensor, ...]:
+        if len(indices) == 1:
+            start = int(indices)
+            return tuple(stream.read(slice(start, start + 1)) for stream in self.streams)
+        return tuple(stream.read(indices) for stream in self.streams)

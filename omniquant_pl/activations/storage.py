@@ -1,0 +1,109 @@
+"""Where streams are kept: on the device while they fit, then in pinned host memory, then in mapped files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from omniquant_pl.activations.stream import Stream
+from omniquant_pl.spec import BudgetSpec
+
+__all__ = ["Place", "Storage", "place_for"]
+
+Place = Literal["device", "host", "disk"]
+
+_SHARE = 0.4
+"""Of the memory that is free, where no budget is stated: blocks, gradients and other programs need room as well."""
+
+
+def place_for(streams_bytes: int, budget: BudgetSpec, device: torch.device) -> Place:
+    """Returns the first place that has room.
+
+    Args:
+        streams_bytes: What all streams of a block need together.
+        budget: How much may be taken.
+        device: Where blocks are computed.
+    """
+    if device.type == "cuda" and streams_bytes <= _bytes(budget.device, lambda: _free_device(device)):
+        return "device"
+    if streams_bytes <= _bytes(budget.host, _free_host):
+        return "host" if device.type == "cuda" else "device"
+    return "disk"
+
+
+def _bytes(gigabytes: float | None, free: Callable[[], int]) -> float:
+    return _SHARE * free() if gigabytes is None else gigabytes * 1e9
+
+
+def _free_device(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _free_host() -> int:
+    """Bytes that programs may still take; of machines that do not tell, all that is there."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Storage:
+    """Makes room for streams.
+
+    Args:
+        place: Where.
+        dtype: What they are stored in.
+        device: Where they are computed with.
+        folder: Where files go.
+    """
+
+    def __init__(self, place: Place, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+        self.place = place
+        self.dtype = dtype
+        self.device = device
+        self.folder = folder
+        if folder.is_dir():
+            for left in folder.glob(".stream-*"):  # of a process that was killed
+                left.unlink()
+
+    def empty(self, shape: torch.Size | tuple[int, ...]) -> Stream:
+        """Returns a stream that has not been written yet, for hidden states ``[samples, tokens, channels]``.
+
+        Raises:
+            OSError: If there is no room on the disk.
+        """
+        if self.place == "device":
+            return Stream(torch.empty(shape, dtype=self.dtype, device=self.device), self.device)
+        if self.place == "host":
+            return Stream(torch.empty(shape, dtype=self.dtype, pin_memory=True), self.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=".stream-", dir=self.folder)
+        try:
+            _allocate(descriptor, max(1, torch.Size(shape).numel() * self.dtype.itemsize))
+        except OSError:
+            Path(name).unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        return self.open(Path(name), shape)
+
+    def open(self, path: Path, shape: torch.Size | tuple[int, ...]) -> Stream:
+        """Returns the stream in a file, which goes with it unless it is kept."""
+        count = torch.Size(shape).numel()
+        values = torch.from_file(str(path), shared=True, size=count, dtype=self.dtype).view(shape)
+        return Stream(values, self.device, path)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Takes room now: a mapped file that finds none later ends the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)

@@ -1,0 +1,112 @@
+"""Batches that do not fit into memory are taken in parts, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from omniquant_pl.activations import Storage, Stream, map_stream
+from omniquant_pl.block import BlockModule
+from omniquant_pl.errors import CalibrationError
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.parts import loss_in_parts
+from omniquant_pl.spec import ActivationSpec, TransformSpec
+from omniquant_pl.trainer import SequentialTrainer
+
+Fit = Callable[..., SequentialTrainer]
+
+
+def test_gradients_of_parts_are_those_of_the_batch() -> None:
+    torch.manual_seed(0)
+    weight, unused = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(2))
+    batch = torch.randn(7, 5, 3), torch.randn(7, 5, 3)
+
+    def loss_of(part: Any) -> Tensor:
+        return nn.functional.mse_loss(torch.tanh(part[0] @ weight), part[1])
+
+    whole = loss_of(batch)
+    (expected,) = torch.autograd.grad(whole, [weight])
+    loss = loss_in_parts(loss_of, batch, [weight, unused], 3)
+    (2 * loss).backward()
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(weight.grad, 2 * expected)
+    assert unused.grad is None
+
+
+class _SmallMemory:
+    """Lets a block fail for more samples than some, in the forward or in the backward pass."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: int, in_backward: bool) -> None:
+        self._samples = samples
+        self._in_backward = in_backward
+        self.failures = 0
+        original = BlockModule.forward
+        monkeypatch.setattr(BlockModule, "forward", lambda module, hidden: self._run(original(module, hidden)))
+
+    def _run(self, output: Tensor) -> Tensor:
+        if len(output) <= self._samples or not output.requires_grad:
+            return output
+        if not self._in_backward:
+            self._fail()
+        output.register_hook(self._fail)
+        return output
+
+    def _fail(self, *_: Any) -> None:
+        self.failures += 1
+        raise torch.OutOfMemoryError("too much")
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_same_factors(
+    llama: Path,
+    fit: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    in_backward: bool,
+    accumulate: int,
+) -> None:
+    def learned(name: str) -> dict[str, Tensor]:
+        model = OmniQuantModel(str(llama), activations=ActivationSpec(bits=8), transform=TransformSpec())
+        options = {"max_epochs": 2, "accumulate_grad_batches": accumulate, "default_root_dir": tmp_path / name}
+        trainer = fit(model, [], {"batch_size": 3}, **options)
+        return trainer.run_folder.load_factors(0) | {
+            f"1.{name}": factor for name, factor in trainer.run_folder.load_factors(1).items()
+        }
+
+    whole = learned("whole")
+    memory = _SmallMemory(monkeypatch, 1, in_backward)
+    in_parts = learned("parts")
+    assert memory.failures == 2  # three samples, then two; later blocks know
+    assert "taken in 3 parts" in caplog.text
+    torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_one_sample_that_does_not_fit(llama: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    _SmallMemory(monkeypatch, 0, in_backward=False)
+    with pytest.raises(CalibrationError, match=r"block 0: one sample does not fit .* data\.sequence_length"):
+        fit(OmniQuantModel(str(llama)), [], {"batch_size": 2})
+
+
+def test_passes_without_gradients_take_halves(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def double(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return batch * 2
+
+    values = torch.randn(5, 3, 2)
+    storage = Storage("device", torch.float32, torch.device("cpu"), tmp_path)
+    result = map_stream(double, Stream(values, storage.device), storage)
+    assert torch.equal(result.values, values * 2)
+    assert seen == [5, 3, 2, 1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        map_stream(double, Stream(values, storage.device), storage, splits=False)
