@@ -144,7 +144,8 @@ def main() -> int:
             folder = root / "whole" / settings
             folder.parent.mkdir(exist_ok=True)
             started = time.monotonic()
-            finish(start(arguments(root, folder, SETTINGS[settings]), folder.with_suffix(".log")), folder.with_suffix(".log"))
+            log = folder.with_suffix(".log")
+            finish(start(arguments(root, folder, SETTINGS[settings]), log), log)
             duration[settings] = time.monotonic() - started
             expected[settings] = digests(folder)
         for number in range(options.kills):
@@ -152,9 +153,11 @@ def main() -> int:
             folder = root / f"trial{number}"
             seconds = [moments.uniform(0, duration[settings]) for _ in range(options.chain)]
             hits += trial(arguments(root, folder, SETTINGS[settings]), folder, seconds)
-            same = digests(folder) == expected[settings]
-            equal += same
-            print(f"{number + 1}: {settings}, killed after {seconds[-1]:.2f} s: {'equal' if same else 'DIFFERS'}", flush=True)
+            found, wanted = digests(folder), expected[settings]
+            differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+            equal += not differing
+            verdict = f"DIFFERENT {', '.join(differing)}" if differing else "equal"
+            print(f"{number + 1}: {settings}, killed after {seconds[-1]:.2f} s: {verdict}", flush=True)
             shutil.rmtree(folder)
     print(f"{equal} of {options.kills} equal, {hits} kills hit a running calibration")
     return 0 if equal == options.kills else 1

@@ -24,5 +24,8 @@ class SaveConfig(SaveConfigCallback, CalibrationCallback):
     @override
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        if trainer.is_global_zero and not trainer.resumes:
-            write_text(trainer.run_folder.config, self.parser.dump(self.config, skip_none=False))
+        path = trainer.run_folder.config
+        if trainer.is_global_zero and not (trainer.resumes and path.is_file()):
+            config = self.config.clone()
+            config["ckpt_path"] = None  # who takes this file does not mean to go on
+            write_text(path, self.parser.dump(config, skip_none=False))

@@ -34,7 +34,7 @@ class States(Callback):
         self.states[-1].append(copy.deepcopy(pl_module.state_dict()))
 
     def on_train_end(self, trainer: Any, pl_module: BlockModule) -> None:
-        samples = list(zip(*trainer.train_dataloader.tensors, strict=True))
+        samples = list(zip(*(s.values for s in trainer.train_dataloader.streams), strict=True))
         self.losses.append([self.loss(pl_module, state, samples) for state in self.states[-1]])
 
     @staticmethod
