@@ -3,9 +3,9 @@
     python benchmarks/chaos.py --kills 50
 
 A small random model is calibrated by the command line's own code, in processes that are forked when everything is
-imported, so that a kill hits the calibration and not the start of Python. SIGKILL comes at a moment drawn uniformly over
-the time of the uninterrupted run; then the same command runs with ``--ckpt_path last``, and every file in ``blocks/`` and
-``model/`` has to have the same bytes. ``--chain`` kills each run that many times before it may end.
+imported, so that a kill hits the calibration and not the start of Python. SIGKILL comes at a moment drawn uniformly
+over the time of the uninterrupted run; then the same command runs with ``--ckpt_path last``, and every file in
+``blocks/`` and ``model/`` has to have the same bytes. ``--chain`` kills each run that many times before it may end.
 """
 
 from __future__ import annotations

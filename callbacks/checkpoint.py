@@ -79,7 +79,8 @@ class CheckpointCallback(CalibrationCallback):
         checkpoint["calibration"] = {
             "fingerprint": dict(trainer.fingerprint),
             "first": pl_module.index,
-            **trainer.block_epochs,
+            "first_epoch": trainer.first_epoch,
+            "max_epochs": trainer.fit_loop.max_epochs,
         }
         checkpoint["random"] = _random_state()
 

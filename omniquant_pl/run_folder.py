@@ -71,8 +71,8 @@ class RunFolder:
 
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
-        checkpoints = [path for last in (self.checkpoint, self.window) for path in (last, previous_of(last))]
-        found = [path for path in (self.blocks, self.model, self.metrics, self.streams, *checkpoints) if path.exists()]
+        left = (self.blocks, self.model, self.metrics, self.streams, *self._checkpoints())
+        found = [path for path in left if path.exists()]
         if not found:
             return
         previous = self.path / "previous"
@@ -81,6 +81,14 @@ class RunFolder:
         for path in found:
             path.rename(previous / path.name)
 
+    def _checkpoints(self) -> list[Path]:
+        return [path for last in (self.checkpoint, self.window) for path in (last, previous_of(last))]
+
+    def remove_checkpoints(self) -> None:
+        """Deletes what only an unfinished run needs."""
+        for path in self._checkpoints():
+            path.unlink(missing_ok=True)
+
     def refuse_other_settings(self, config: Mapping[str, Any]) -> None:
         """Protects what a run with other settings has left here, and does not take it for these settings' own.
 
@@ -88,7 +96,7 @@ class RunFolder:
             config: The resolved configuration of the run that is about to start, or to be measured.
 
         Raises:
-            ConfigurationError: If factors are here that other settings have led to; it names the first that differs.
+            ConfigurationError: If factors are here that other settings have led to; it names those that differ.
         """
         if not (self.config.is_file() and any(self.blocks.glob("*.safetensors"))):
             return

@@ -87,7 +87,7 @@ class SequentialTrainer(Trainer):
         self.settings: Mapping[str, Any] = {}
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
-        self.block_epochs = {"first_epoch": 0, "max_epochs": 0}
+        self.first_epoch = 0
         self._parts = 1
         self._resume: tuple[Path, dict[str, Any]] | None = None
         self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []
@@ -120,8 +120,11 @@ class SequentialTrainer(Trainer):
         assert isinstance(model, OmniQuantModel)
         assert isinstance(datamodule, CalibrationData)
         checkpoint = self._checkpoint_of(ckpt_path)
-        with self.run_folder.locked(), self.interruption.listening():
-            self._calibrate(model, datamodule, checkpoint)
+        with self.interruption.listening():
+            tokens = self.prepare(model, datamodule)
+            self.announce("on_ready", model)
+            with self.run_folder.locked():
+                self._calibrate(model, datamodule, tokens, checkpoint)
         self.training = False
 
     def _checkpoint_of(self, ckpt_path: Any) -> Path:
@@ -135,9 +138,7 @@ class SequentialTrainer(Trainer):
             raise ConfigurationError("ckpt_path", message)
         return path
 
-    def _calibrate(self, model: OmniQuantModel, datamodule: CalibrationData, checkpoint: Path) -> None:
-        tokens = self.prepare(model, datamodule)
-        self.announce("on_ready", model)
+    def _calibrate(self, model: OmniQuantModel, datamodule: CalibrationData, tokens: Tensor, checkpoint: Path) -> None:
         self.fingerprint = fingerprint(self.settings, model.source.folder, tokens)
         force = any(getattr(callback, "force", False) for callback in self._calibration_callbacks)
         finished = FinishedBlocks(self.run_folder, self.fingerprint, self.resumes, force)
@@ -161,6 +162,8 @@ class SequentialTrainer(Trainer):
         with self.interruption.deferred():
             Calibration(model, tokens, datamodule.batch_size, order, engine, finished).run()
         self.announce("on_calibration_end", model)
+        if self.is_global_zero:
+            self.run_folder.remove_checkpoints()
 
     def _storage(self, model: OmniQuantModel, tokens: Tensor) -> Storage:
         """Where the streams are kept: those in front of a block and behind it, and the targets of its window."""
@@ -180,14 +183,12 @@ class SequentialTrainer(Trainer):
         if resume is not None and resume[1]["calibration"]["first"] != block.index:
             resume = None
         # Lightning counts epochs over the trainer's life and would run none for a second block.
-        self.block_epochs = {
-            "first_epoch": self.current_epoch,
-            "max_epochs": self.current_epoch + self.epochs_per_block,
-        }
+        self.first_epoch = self.current_epoch
+        self.fit_loop.max_epochs = self.first_epoch + self.epochs_per_block
         if resume is not None:
-            self.block_epochs = {key: resume[1]["calibration"][key] for key in self.block_epochs}
-        self.fit_loop.max_epochs = self.block_epochs["max_epochs"]
-        batches.sampler.start_block(self.block_epochs["first_epoch"])
+            known = resume[1]["calibration"]
+            self.first_epoch, self.fit_loop.max_epochs = known["first_epoch"], known["max_epochs"]
+        batches.sampler.start_block(self.first_epoch)
         block.steps = self._steps(len(batches))
         # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.
         for callback, state in self._early_stopping:
