@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ class GuardedCheckpointIO(TorchCheckpointIO):
         path = Path(path)
 
         def write(temporary: Path) -> None:
-            torch.save(checkpoint, temporary)
+            _save(checkpoint, temporary)
             digest = _digest(temporary, temporary.stat().st_size)
             with temporary.open("ab") as file:
                 file.write(_MARK + digest)
@@ -84,6 +87,16 @@ def load_latest(path: Path, fits: Callable[[dict[str, Any]], bool]) -> tuple[Pat
         if fits(content):
             return candidate, content
     return None
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    """``torch.save``, which says of a full disk that a position is unexpected."""
+    try:
+        torch.save(checkpoint, path)
+    except RuntimeError as error:
+        if shutil.disk_usage(path.parent).free < 1 << 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def _digest(path: Path, size: int) -> bytes:
