@@ -51,9 +51,11 @@ class FillDisk(CalibrationCallback):
         self._ballast = ballast
 
     def on_block_end(self, *_: object) -> None:
-        with self._ballast.open("wb", buffering=0) as file:
-            with pytest.raises(OSError, match="No space left on device"):
-                _write_for_ever(file)
+        with (
+            self._ballast.open("wb", buffering=0) as file,
+            pytest.raises(OSError, match="No space left on device"),
+        ):
+            _write_for_ever(file)
 
 
 def _write_for_ever(file: FileIO) -> None:

@@ -16,15 +16,12 @@ from omniquant_pl.export.card import model_card
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
 from omniquant_pl.export.folder import copy_companions, whole_folder
 from omniquant_pl.export.format import Export
-from omniquant_pl.export.shards import ShardWriter
+from omniquant_pl.export.shards import ShardWriter, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.run_folder import RunFolder
 
 __all__ = ["SafetensorsExport", "Stored"]
-
-Stored = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a tensor in a file."""
 
 
 class SafetensorsExport(Export):
@@ -65,7 +62,7 @@ class SafetensorsExport(Export):
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
         with whole_folder(output) as target:
-            writer = ShardWriter(target, self._sizes(folded), self.shard_bytes)
+            writer = ShardWriter(target, self._planned(folded), self.shard_bytes)
             writer.add(self._tensors(folded))
             writer.finish()
             write_json(target / "config.json", self._config(model))
@@ -73,18 +70,18 @@ class SafetensorsExport(Export):
             quantizes = any(client.quantizes_activations for client in self.clients)
             write_text(target / "README.md", model_card(model, run, self.storage(model), quantizes))
 
-    def _sizes(self, folded: FoldedModel) -> dict[str, int]:
-        """Bytes of every tensor, in the order of :meth:`_tensors`."""
-        sizes: dict[str, int] = {}
+    def _planned(self, folded: FoldedModel) -> dict[str, Stored]:
+        """What will be stored, in the order of :meth:`_tensors`."""
+        planned: dict[str, Stored] = {}
         names = [*folded.surrounding_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
         for name in names:
             linear = folded.linears.get(name.removesuffix(".weight"))
             if linear is None:
-                sizes[name] = torch.Size(folded.shape(name)).numel() * self.dtype_of(folded, name).itemsize
+                planned[name] = (folded.shape(name), self.dtype_of(folded, name))
             else:
-                for suffix, (shape, dtype) in self.stored(linear).items():
-                    sizes[f"{name.removesuffix('.weight')}.{suffix}"] = torch.Size(shape).numel() * dtype.itemsize
-        return sizes
+                stored = self.stored(linear)
+                planned |= {f"{name.removesuffix('.weight')}.{suffix}": what for suffix, what in stored.items()}
+        return planned
 
     def _tensors(self, folded: FoldedModel) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in folded.surroundings():
