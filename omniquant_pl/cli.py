@@ -30,6 +30,7 @@ from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.interruption import Interrupted, requeue
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.refusals import in_one_line
 from omniquant_pl.run_folder import deciding_settings
 from omniquant_pl.trainer import SequentialTrainer
 
@@ -55,7 +56,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", self)
         command = parser.prog.replace(" [options]", "")
-        self.exit(2, f"error: {message}\nsee: {command} --help\n")
+        self.exit(2, f"error: {in_one_line(message, sys.argv[1:])}\nsee: {command} --help\n")
 
     @override
     def add_method_arguments(self, *arguments: Any, **options: Any) -> Any:

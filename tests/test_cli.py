@@ -140,7 +140,16 @@ class TestRefused:
             ("--trainer.precision=16-mixed", "trainer.precision: 16-mixed would round"),
             ("--trainer.devices=2", "trainer.devices: "),
             ("--trainer.accelerator=abacus", "trainer: "),
-            ("--export.dtype=int8", "export.dtype"),
+            ("--export.dtype=int8", "export.dtype: int8 is not accepted; expected float32, float16, bfloat16, null"),
+            (
+                "--model.transform.initial=foo",
+                "model.transform.initial: foo is not accepted; expected smoothquant, search",
+            ),
+            ("--model.transform.alpha=x", "model.transform.alpha: x is not accepted; expected a number"),
+            ("--model.window=null", "model.window: null is not accepted; expected its settings"),
+            ("--checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0"),
+            ("--checkpoint.every_minutes=0", "checkpoint.every_minutes: 0"),
+            ("--model.activation_budget.host=-1", "model.activation_budget.host: -1"),
             ("--ckpt_path=last", "ckpt_path: "),
         ],
     )
