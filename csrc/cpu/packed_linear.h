@@ -1,9 +1,9 @@
 // What the kernels of the packed product share: its operands, and where x stands.
 //
-// A vector of words holds many codes a lane. Kernels take one code of every lane at a time, so x is
-// stood once a call in the order in which they come: lane j of a vector holds the `fields` columns
-// from j * fields on, and field f of all lanes is one vector of x. A field is taken out of its word
-// by a mask alone and becomes a number that is too large by a power of two; x is divided by it.
+// A vector of words holds many codes a lane. Kernels take a code of every lane at a time, so x is
+// stood once a call in the order in which they come: lane j holds as many columns as codes, those
+// from j * fields on, and one field of all lanes meets one vector of x. Kernels of pairs take two
+// codes a lane, of its lower and its upper half, which meet a vector of twice as many bfloat16.
 //
 // sum((code - zero) * scale * x) = sum over groups of scale * (sum(code * x) - zero * sum(x)).
 #ifndef OMNIQUANT_PACKED_LINEAR_H
@@ -23,15 +23,34 @@ constexpr int fields_of(int bits) {
     return bits == 3 ? 16 : 32 / bits;
 }
 
-// 3 bit: two words of nibbles are made, first of the even columns, then of the odd ones.
-constexpr int column_of_field(int bits, int field) {
-    return bits == 3 ? (field < 8 ? 2 * field : 2 * field - 15) : field;
+// Bits from field to field. 3 bit: two words of nibbles are made, of the even and of the odd
+// columns, the fourth bit of which is never looked at.
+constexpr int spacing_of(int bits) {
+    return bits == 3 ? 4 : bits;
 }
 
-// The power of two by which a field's number is too large. The last field is shifted down, as its
-// mask would hold the sign; at 3 bit it does not reach so far.
-constexpr int exponent_of_field(int bits, int field) {
-    return bits == 3 ? field % 8 * 4 : field == fields_of(bits) - 1 ? 0 : field * bits;
+// Vectors of x that meet one word of fields; `paired` is the codes that a lane gives at a time.
+constexpr int vectors_of_word(int bits, int paired) {
+    return 32 / spacing_of(bits) / paired;
+}
+
+// Vectors of x that meet all fields of a lane.
+constexpr int vectors_of(int bits, int paired) {
+    return fields_of(bits) / paired;
+}
+
+// The column, within its lane, that stands as `half` of a pair in vector `vector`.
+constexpr int column_at(int bits, int paired, int vector, int half) {
+    const int each = vectors_of_word(bits, paired);
+    const int field = vector % each + half * each;
+    return bits == 3 ? 2 * field + vector / each : field;
+}
+
+// A single field is taken out of its word by a mask alone, and becomes a number that is too large
+// by this power of two; x is divided by it. The one that reaches the sign is shifted down instead.
+constexpr int exponent_at(int bits, int paired, int vector) {
+    const int begin = vector % vectors_of_word(bits, paired) * spacing_of(bits);
+    return paired == 2 || begin + bits == 32 ? 0 : begin;
 }
 
 struct PackedWeight {
@@ -47,8 +66,9 @@ struct PackedWeight {
 };
 
 struct StoodRows {
-    const float *values;  // [n, stride], zero where no column is
-    const float *sums;    // [n, sums_stride], of each group
+    const float
+        *values;        // [n, stride], zero where no column is; pairs of bfloat16 for such kernels
+    const float *sums;  // [n, sums_stride], of each group
     int64_t n;
     int64_t stride;
     int64_t sums_stride;
@@ -86,6 +106,8 @@ using PackedKernel = void (*)(const PackedProduct &product, float *scratch, int6
 void packed_rows_portable(const PackedProduct &product, float *scratch, int64_t begin, int64_t end);
 #if defined(OMNIQUANT_X86)
 void packed_rows_avx2(const PackedProduct &product, float *scratch, int64_t begin, int64_t end);
+void packed_rows_avx512_bf16(const PackedProduct &product, float *scratch, int64_t begin,
+                             int64_t end);
 void packed_rows_avx512(const PackedProduct &product, float *scratch, int64_t begin, int64_t end);
 #endif
 

@@ -18,6 +18,9 @@ struct Avx2 {
     static constexpr int most = 2;  // rows of x at once
     using Float = __m256;
     using Int = __m256i;
+    using Number = Float;
+    static constexpr int paired = 1;
+    static constexpr int offset = 0;  // by which numbers are too large
 
     OMNIQUANT_STEP void prefetch(const uint32_t *words) {
         _mm_prefetch(reinterpret_cast<const char *>(words), _MM_HINT_T1);
@@ -90,7 +93,24 @@ struct Avx2 {
         return _mm256_srli_epi32(words, count);
     }
 
-    OMNIQUANT_STEP Float number(Int words) { return _mm256_cvtepi32_ps(words); }
+    // The codes that begin at bit index * spacing of their words.
+    template <int bits, int spacing, int index>
+    OMNIQUANT_STEP Number number(Int words) {
+        constexpr int begin = index * spacing;
+        if constexpr (begin + bits == 32) {
+            return _mm256_cvtepi32_ps(shift_right<begin>(words));
+        } else {
+            return _mm256_cvtepi32_ps(masked<((1u << bits) - 1) << begin>(words));
+        }
+    }
+
+    OMNIQUANT_STEP Number load_x(const float *values) { return _mm256_load_ps(values); }
+
+    OMNIQUANT_STEP Float dot(Number a, Number b) { return _mm256_mul_ps(a, b); }
+
+    OMNIQUANT_STEP Float add_dot(Float sum, Number a, Number b) {
+        return _mm256_fmadd_ps(a, b, sum);
+    }
 
     OMNIQUANT_STEP Float fill(float value) { return _mm256_set1_ps(value); }
 
@@ -128,7 +148,7 @@ struct Avx2 {
         }
     }
 
-    OMNIQUANT_STEP float sum(Float values) {
+    OMNIQUANT_STEP float total(Float values) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));

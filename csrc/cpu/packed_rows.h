@@ -11,64 +11,52 @@
 namespace omniquant {
 namespace {
 
-// The codes of one vector of words: `bits` is 2, 4 or 8.
+// The codes of one vector of words.
 template <class V, int bits>
 struct Codes {
-    static constexpr int fields = fields_of(bits);
-    typename V::Int words;
-
-    OMNIQUANT_STEP Codes load(const uint32_t *row, int64_t, int64_t block) {
-        return {V::load(row + block * V::lanes)};
-    }
-
-    OMNIQUANT_STEP Codes load_some(const uint32_t *row, int64_t, int64_t block, int64_t lanes) {
-        return {V::load_some(row + block * V::lanes, lanes)};
-    }
-
-    template <int field>
-    OMNIQUANT_TARGET OMNIQUANT_ALWAYS_INLINE typename V::Float number() const {
-        if constexpr (field == fields - 1) {
-            return V::number(V::template shift_right<32 - bits>(words));
-        } else {
-            constexpr uint32_t mask = ((1u << bits) - 1) << (field * bits);
-            return V::number(V::template masked<mask>(words));
-        }
-    }
-};
-
-// 3 bit: the low plane's lane has 16 pairs of bits, the high plane's half word the bits above them.
-// Both are put together to nibbles, the fourth bit of which is never looked at.
-template <class V>
-struct Codes<V, 3> {
-    static constexpr int fields = fields_of(3);
-    typename V::Int even;
-    typename V::Int odd;
+    static constexpr int vectors = vectors_of(bits, V::paired);
+    static constexpr int each = vectors_of_word(bits, V::paired);
+    typename V::Int words[vectors / each];
 
     OMNIQUANT_STEP Codes load(const uint32_t *row, int64_t units, int64_t block) {
-        const auto *high = reinterpret_cast<const uint16_t *>(row + 2 * units);
-        return join(V::load(row + block * V::lanes), V::load_halves(high + block * V::lanes));
+        if constexpr (bits == 3) {
+            return join(V::load(row + block * V::lanes),
+                        V::load_halves(high_plane(row, units) + block * V::lanes));
+        } else {
+            return {{V::load(row + block * V::lanes)}};
+        }
     }
 
+    // The first `lanes` lanes; the others are zero.
     OMNIQUANT_STEP Codes load_some(const uint32_t *row, int64_t units, int64_t block,
                                    int64_t lanes) {
-        const auto *high = reinterpret_cast<const uint16_t *>(row + 2 * units);
-        return join(V::load_some(row + block * V::lanes, lanes),
-                    V::load_some_halves(high + block * V::lanes, lanes));
+        if constexpr (bits == 3) {
+            return join(V::load_some(row + block * V::lanes, lanes),
+                        V::load_some_halves(high_plane(row, units) + block * V::lanes, lanes));
+        } else {
+            return {{V::load_some(row + block * V::lanes, lanes)}};
+        }
     }
 
+    template <int vector>
+    OMNIQUANT_TARGET OMNIQUANT_ALWAYS_INLINE typename V::Number number() const {
+        return V::template number<bits, spacing_of(bits), vector % each>(words[vector / each]);
+    }
+
+  private:
+    OMNIQUANT_STEP const uint16_t *high_plane(const uint32_t *row, int64_t units) {
+        return reinterpret_cast<const uint16_t *>(row + 2 * units);
+    }
+
+    // 3 bit: a lane of the low plane has 16 pairs of bits, a half word of the high plane the bits
+    // above them, which move apart until they stand over their pairs.
     OMNIQUANT_STEP Codes join(typename V::Int low, typename V::Int high) {
         high = V::template either_masked<0x00FF00FF>(high, V::template shift_left<8>(high));
         high = V::template either_masked<0x0F0F0F0F>(high, V::template shift_left<4>(high));
         high = V::template either_masked<0x33333333>(high, V::template shift_left<2>(high));
-        return {V::template select<0x33333333>(low, V::template shift_left<2>(high)),
-                V::template select<0x33333333>(V::template shift_right<2>(low),
-                                               V::template shift_left<1>(high))};
-    }
-
-    template <int field>
-    OMNIQUANT_TARGET OMNIQUANT_ALWAYS_INLINE typename V::Float number() const {
-        constexpr uint32_t mask = 7u << (field % 8 * 4);
-        return V::number(V::template masked<mask>(field < 8 ? even : odd));
+        return {{V::template select<0x33333333>(low, V::template shift_left<2>(high)),
+                 V::template select<0x33333333>(V::template shift_right<2>(low),
+                                                V::template shift_left<1>(high))}};
     }
 };
 
@@ -78,32 +66,32 @@ struct Sums {
     typename V::Float at[rows][count];
 };
 
-template <class V, int bits, int rows, int count, int field>
-OMNIQUANT_STEP void add_field(const Codes<V, bits> (&codes)[rows], const float *x, int64_t stride,
-                              Sums<V, rows, count> &sums) {
-    typename V::Float numbers[rows];
+template <class V, int bits, int rows, int count, int vector>
+OMNIQUANT_STEP void add_vector(const Codes<V, bits> (&codes)[rows], const float *x, int64_t stride,
+                               Sums<V, rows, count> &sums) {
+    typename V::Number numbers[rows];
     for (int r = 0; r < rows; ++r) {
-        numbers[r] = codes[r].template number<field>();
+        numbers[r] = codes[r].template number<vector>();
     }
     for (int i = 0; i < count; ++i) {
-        const typename V::Float values = V::load(x + i * stride + field * V::lanes);
+        const typename V::Number values = V::load_x(x + i * stride + vector * V::lanes);
         for (int r = 0; r < rows; ++r) {
-            if constexpr (field == 0) {
-                sums.at[r][i] = V::product(numbers[r], values);
+            if constexpr (vector == 0) {
+                sums.at[r][i] = V::dot(numbers[r], values);
             } else {
-                sums.at[r][i] = V::add_product(sums.at[r][i], numbers[r], values);
+                sums.at[r][i] = V::add_dot(sums.at[r][i], numbers[r], values);
             }
         }
     }
-    if constexpr (field + 1 < fields_of(bits)) {
-        add_field<V, bits, rows, count, field + 1>(codes, x, stride, sums);
+    if constexpr (vector + 1 < Codes<V, bits>::vectors) {
+        add_vector<V, bits, rows, count, vector + 1>(codes, x, stride, sums);
     }
 }
 
 // Scales of some rows, spread over the units, and what their zero points take off.
 struct Scratch {
     float *scales;  // [rows, scales_stride]
-    float *zeros;   // [rows, zeros_stride]: scale * zero_point
+    float *zeros;  // [rows, zeros_stride]: scale * (zero_point + what the numbers are too large by)
     int64_t scales_stride;
     int64_t zeros_stride;
 };
@@ -125,9 +113,12 @@ OMNIQUANT_STEP void spread_scales(const PackedProduct &product, int64_t row, flo
     }
     for (int64_t g = 0; g < weight.groups; g += V::lanes) {
         const int64_t some = std::min<int64_t>(weight.groups - g, V::lanes);
-        const typename V::Float zero = weight.zero_point == nullptr
-                                           ? middle
-                                           : V::load_bytes(weight.zero_point + first + g, some);
+        typename V::Float zero = weight.zero_point == nullptr
+                                     ? middle
+                                     : V::load_bytes(weight.zero_point + first + g, some);
+        if constexpr (V::offset != 0) {
+            zero = V::sum(zero, V::fill(V::offset));
+        }
         V::store(zeros + g, V::product(V::load(zeros + g), zero));
     }
 }
@@ -137,7 +128,7 @@ OMNIQUANT_STEP void add_block(const Codes<V, bits> (&codes)[rows], const float *
                               const Scratch &scratch, int64_t block, Sums<V, rows, count> &totals) {
     constexpr int units = V::lanes * fields_of(bits) / UNIT;
     Sums<V, rows, count> sums;
-    add_field<V, bits, rows, count, 0>(codes, x, stride, sums);
+    add_vector<V, bits, rows, count, 0>(codes, x, stride, sums);
     for (int r = 0; r < rows; ++r) {
         const typename V::Float scale = V::template spread<V::lanes / units>(
             scratch.scales + r * scratch.scales_stride + block * units);
@@ -153,6 +144,7 @@ static OMNIQUANT_TARGET void multiply(const PackedProduct &product, const Scratc
                                       int64_t row, int64_t first) {
     constexpr int64_t lane = fields_of(bits);
     constexpr int64_t width = V::lanes * lane;
+    constexpr int64_t x_width = V::lanes * Codes<V, bits>::vectors;
     const PackedWeight &weight = product.weight;
     const uint32_t *words = weight.words + row * weight.words_per_row;
     const float *x = product.x.values + first * product.x.stride;
@@ -171,15 +163,15 @@ static OMNIQUANT_TARGET void multiply(const PackedProduct &product, const Scratc
             V::prefetch(from + rows * weight.words_per_row + block * V::lanes);
             codes[r] = Codes<V, bits>::load(from, weight.units, block);
         }
-        add_block<V, bits, rows, count>(codes, x + block * width, product.x.stride, scratch, block,
-                                        totals);
+        add_block<V, bits, rows, count>(codes, x + block * x_width, product.x.stride, scratch,
+                                        block, totals);
     }
     if (const int64_t rest = columns - blocks * width; rest != 0) {
         for (int r = 0; r < rows; ++r) {
             codes[r] = Codes<V, bits>::load_some(words + r * weight.words_per_row, weight.units,
                                                  blocks, rest / lane);
         }
-        add_block<V, bits, rows, count>(codes, x + blocks * width, product.x.stride, scratch,
+        add_block<V, bits, rows, count>(codes, x + blocks * x_width, product.x.stride, scratch,
                                         blocks, totals);
     }
     const float *sums = product.x.sums + first * product.x.sums_stride;
@@ -196,7 +188,7 @@ static OMNIQUANT_TARGET void multiply(const PackedProduct &product, const Scratc
         for (int r = 0; r < rows; ++r) {
             store_element(product.out.values, product.out.type,
                           (product.out.first + first + i) * product.out.features + row + r,
-                          V::sum(totals.at[r][i]));
+                          V::total(totals.at[r][i]));
         }
     }
 }
