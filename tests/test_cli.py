@@ -150,7 +150,6 @@ class TestRefused:
             ("--checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0"),
             ("--checkpoint.every_minutes=0", "checkpoint.every_minutes: 0"),
             ("--model.activation_budget.host=-1", "model.activation_budget.host: -1"),
-            ("--ckpt_path=last", "ckpt_path: "),
         ],
     )
     def test_setting(
