@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from omniquant_pl.callbacks import FoldCallback
+from omniquant_pl.checkpoint import BlockCall
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.trainer import SequentialTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +163,20 @@ def fit(token_files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Sequent
         return trainer
 
     return fit
+
+
+@pytest.fixture(scope="session")
+def finish(tmp_path_factory: pytest.TempPathFactory) -> Callable[[OmniQuantModel], RunFolder]:
+    """Leaves what a run of no epochs does, for a model without a transformation: factors as they start."""
+
+    def finish(model: OmniQuantModel) -> RunFolder:
+        run = RunFolder(tmp_path_factory.mktemp("run"))
+        for index in range(len(model.source)):
+            block = model.block(index, model.source.block_tensors(index), BlockCall(), {})
+            run.save_factors(index, block.factors.export())
+        return run
+
+    return finish
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ __all__ = ["PackedFolder"]
 
 _KEY = "packed"
 _DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_READ_AT_ONCE = 16
+_READ_AT_ONCE = 8
 
 
 class PackedFolder:

@@ -55,8 +55,8 @@ def load_packed(
     try:
         skeleton = PackedSkeleton(opened.config, opened.scheme, opened.names, dtype, target)
     except _NO_MODEL as error:
-        reason = str(error).removeprefix("model.path: ")
-        raise ConfigurationError("packed", f"{opened.config_file} does not fit: {reason}") from error
+        reason = " ".join(str(error).removeprefix("model.path: ").split())
+        raise ConfigurationError("packed", f"{folder}: config.json and the tensors do not fit: {reason}") from error
     opened.refuse_others(skeleton.slots)
     opened.fill(skeleton.slots)
     model = skeleton.finish()

@@ -63,7 +63,7 @@ class PackedSkeleton:
         device: torch.device,
     ) -> None:
         self._scheme, self._names, self._dtype, self._device = scheme, names, dtype, device
-        whole: PretrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        whole = _transformers_config(config)
         self._family = family_of(whole)
         self._model = build_without_weights(whole, self._family, trust_remote_code=False)
         self._blocks = cast(nn.ModuleList, self._model.get_submodule(self._family.blocks))
@@ -149,6 +149,14 @@ class PackedSkeleton:
             self._model.tie_weights()
         nn.Module.to(self._model, self._device)
         return self._model
+
+
+def _transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    family = config.get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise ValueError(f"the family {family!r} is unknown")
+    found: PretrainedConfig = CONFIG_MAPPING[family].from_dict(dict(config))
+    return found
 
 
 def _finite(tensor: Tensor) -> Tensor:
