@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from omniquant_pl.checkpoint import DamagedFileError, read_sealed, write_json, write_sealed
+from omniquant_pl.checkpoint import DamagedFileError, finite, read_sealed, write_json, write_sealed
 from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.errors import ConfigurationError
 
@@ -166,19 +167,27 @@ class RunFolder:
         except ConfigurationError:
             return None
 
-    def write_metrics(self, metrics: dict[str, Any]) -> None:
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Replaces ``metrics.json``."""
-        write_json(self.metrics, metrics)
+        write_json(self.metrics, {**metrics, "checksum": _checksum(metrics)})
 
     def read_metrics(self) -> dict[str, Any]:
         """Returns the content of ``metrics.json``, empty where there is none, or a damaged one."""
-        if not self.metrics.is_file():
-            return {}
         try:
-            return dict(json.loads(self.metrics.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):  # what it held is measured again
-            _log.warning("%s is damaged; what it says is not known any more", self.metrics)
+            content = dict(json.loads(self.metrics.read_text(encoding="utf-8")))
+            if content.pop("checksum", None) not in (None, _checksum(content)):
+                raise ValueError("its checksum does not hold")
+        except FileNotFoundError:
             return {}
+        except (ValueError, TypeError) as error:
+            _log.warning("%s is damaged (%s); what it says is not known any more", self.metrics, error)
+            return {}
+        return content
+
+
+def _checksum(metrics: Mapping[str, Any]) -> str:
+    """SHA-256 of the numbers, whatever the spaces between them."""
+    return hashlib.sha256(json.dumps(finite(metrics), sort_keys=True).encode()).hexdigest()
 
 
 def deciding_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,19 @@ class TestMetrics:
     def test_survive(self, folder: RunFolder) -> None:
         folder.write_metrics({"perplexity": {"a": 1.5}, "blocks": []})
         assert folder.read_metrics() == {"perplexity": {"a": 1.5}, "blocks": []}
-        assert json.loads(folder.metrics.read_text()) == folder.read_metrics()
+        stored = json.loads(folder.metrics.read_text())
+        assert {name: stored[name] for name in folder.read_metrics()} == folder.read_metrics()
+
+    def test_a_digit_that_has_changed_is_noticed(self, folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+        folder.write_metrics({"perplexity": {"a": 1.5}})
+        folder.metrics.write_text(folder.metrics.read_text().replace("1.5", "1.4"))
+        assert folder.read_metrics() == {}
+        assert str(folder.metrics) in caplog.text
+
+    def test_of_an_older_release_count(self, folder: RunFolder) -> None:
+        folder.path.mkdir()
+        folder.metrics.write_text('{"perplexity": {"a": 1.5}}')
+        assert folder.read_metrics() == {"perplexity": {"a": 1.5}}
 
     def test_none_yet(self, folder: RunFolder) -> None:
         assert folder.read_metrics() == {}

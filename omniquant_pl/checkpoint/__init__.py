@@ -1,6 +1,6 @@
 """Reading models block by block and writing files safely."""
 
-from omniquant_pl.checkpoint.files import replace_file, write_json, write_tensors, write_text
+from omniquant_pl.checkpoint.files import finite, replace_file, write_json, write_tensors, write_text
 from omniquant_pl.checkpoint.locate import embedded_models, is_hub_id, locate_model
 from omniquant_pl.checkpoint.reader import Checkpoint
 from omniquant_pl.checkpoint.sealed import DamagedFileError, read_sealed, write_sealed
@@ -13,6 +13,7 @@ __all__ = [
     "DamagedFileError",
     "SourceModel",
     "embedded_models",
+    "finite",
     "is_hub_id",
     "locate_model",
     "read_sealed",

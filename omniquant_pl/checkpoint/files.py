@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["replace_file", "write_json", "write_tensors", "write_text"]
+__all__ = ["finite", "replace_file", "write_json", "write_tensors", "write_text"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -52,15 +52,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file, indented by two spaces, keys in the given order; a number that is not finite becomes null."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(content: Any) -> Any:
-    """JSON has no infinity."""
+def finite(content: Any) -> Any:
+    """Returns what JSON can hold of a content: numbers that are not finite become ``None``."""
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
