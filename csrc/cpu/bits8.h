@@ -8,7 +8,9 @@
 
 #include "multiversion.h"
 
+#if defined(__BYTE_ORDER__)
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are read as bytes");
+#endif
 
 namespace omniquant {
 
@@ -50,27 +52,35 @@ OMNIQUANT_ALWAYS_INLINE uint64_t gather(uint64_t codes) {
 }
 
 template <int bytes>
+struct Unsigned;
+template <>
+struct Unsigned<1> {
+    using Type = uint8_t;
+};
+template <>
+struct Unsigned<2> {
+    using Type = uint16_t;
+};
+template <>
+struct Unsigned<4> {
+    using Type = uint32_t;
+};
+template <>
+struct Unsigned<8> {
+    using Type = uint64_t;
+};
+
+template <int bytes>
 OMNIQUANT_ALWAYS_INLINE uint64_t load_bytes(const uint8_t *from) {
-    if constexpr (bytes == 1) {
-        return *from;
-    } else if constexpr (bytes == 2) {
-        uint16_t value;
-        std::memcpy(&value, from, sizeof value);
-        return value;
-    } else if constexpr (bytes == 4) {
-        uint32_t value;
-        std::memcpy(&value, from, sizeof value);
-        return value;
-    } else {
-        uint64_t value = 0;
-        std::memcpy(&value, from, bytes);
-        return value;
-    }
+    typename Unsigned<bytes>::Type value;
+    std::memcpy(&value, from, bytes);
+    return value;
 }
 
 template <int bytes>
 OMNIQUANT_ALWAYS_INLINE void store_bytes(uint8_t *to, uint64_t value) {
-    std::memcpy(to, &value, bytes);
+    const auto low = static_cast<typename Unsigned<bytes>::Type>(value);
+    std::memcpy(to, &low, bytes);
 }
 
 }  // namespace omniquant
