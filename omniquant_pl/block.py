@@ -86,6 +86,11 @@ class BlockModule(LightningModule):
         for block in self._blocks:
             block.end_learning()
 
+    def release(self) -> None:
+        """Lets go of the blocks: Lightning holds on to a module until it gets the next one."""
+        self.blocks = nn.ModuleList()
+        self._head = None
+
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``."""

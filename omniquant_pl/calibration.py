@@ -210,6 +210,7 @@ class Calibration:
         for entry in window:
             entry.block.to(self._engine.device)  # a fit ends with what has learned on the CPU
             entry.block.epochs += len(module.epoch_losses)
+        module.release()
         window[0].seconds += time.perf_counter() - started
 
     def _measure_initial_losses(self, window: Sequence[_Pending]) -> None:

@@ -197,7 +197,8 @@ class SequentialTrainer(Trainer):
         block.parts = self._parts
         self._run(block, ckpt_path=None if resume is None else resume[0])
         self._parts = block.parts
-        # Or Lightning would hold on to the block's streams until the next one comes.
+        # Or Lightning would hold on to the optimizer's state and the block's streams until the next one comes.
+        self.strategy.optimizers, self.strategy.lr_scheduler_configs = [], []
         self.fit_loop._combined_loader = None
         self.fit_loop._data_source.instance = None
 
@@ -289,7 +290,7 @@ class SequentialTrainer(Trainer):
             model: The run's model settings.
             datamodule: What to verify with: the first evaluation set.
             format: hf: a plain transformers folder with dequantized weights; packed: codes as
-                ``generate`` computes with them, any scheme.
+                ``generate`` computes with them, any scheme; gguf: a file that llama.cpp loads.
             output: The folder to create or replace; null: named after the format, in the run folder.
             dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
             shard_bytes: Largest size of one file.
