@@ -82,6 +82,13 @@ class RunFolder:
         for path in found:
             path.rename(previous / path.name)
 
+    def keep_log(self) -> None:
+        """Gives the log of an interrupted run another name: the logger of the next one deletes what it finds."""
+        path = self.path / "logs" / "metrics.csv"
+        if path.is_file():
+            number = sum(1 for _ in path.parent.glob("metrics-*.csv"))
+            path.replace(path.with_name(f"metrics-{number + 1}.csv"))
+
     def _checkpoints(self) -> list[Path]:
         return [path for last in (self.checkpoint, self.window) for path in (last, previous_of(last))]
 

@@ -144,6 +144,7 @@ class SequentialTrainer(Trainer):
         finished = FinishedBlocks(self.run_folder, self.fingerprint, self.resumes, force)
         finished.refuse_other(len(model.source))
         if self.resumes:
+            self.run_folder.keep_log()
             self._resume = load_latest(checkpoint, lambda content: "calibration" in content)
         elif self.is_global_zero:
             self.run_folder.start()

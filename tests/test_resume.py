@@ -257,6 +257,16 @@ class TestWhatIsThere:
         assert seen["cut"] == seen["whole"][-1:]
 
 
+def test_the_log_is_kept(calibrate: Callable[..., RunFolder]) -> None:
+    settings = SETTINGS["clipping"]
+    with pytest.raises(PowerCutError):
+        calibrate("cut", settings, [PowerCut(50)], logger=None)
+    run = calibrate("cut", settings, [], ckpt_path="last", logger=None)
+    lines = [(run.path / "logs" / name).read_text().splitlines() for name in ("metrics-1.csv", "metrics.csv")]
+    rows = [line for file in lines for line in file[1:]]
+    assert len(rows) == BLOCKS * EPOCHS
+
+
 def test_early_stopping_goes_on(calibrate: Callable[..., RunFolder]) -> None:
     settings = {"weights": WeightSpec(bits=2), "clipping": ClippingSpec(lr=0.5)}  # the loss soon rises
 
