@@ -18,6 +18,10 @@ from omniquant_pl.trainer import SequentialTrainer
 __all__ = ["CheckpointCallback"]
 
 
+_LARGEST_SHARE = 0.03
+"""Of the time that may go into checkpoints that the clock decides on."""
+
+
 class CheckpointCallback(CalibrationCallback):
     """Writes ``last.ckpt`` inside a block: factors, optimizer, position in the data, random numbers.
 
@@ -25,7 +29,8 @@ class CheckpointCallback(CalibrationCallback):
 
     Args:
         every_n_steps: Steps between checkpoints; null: only the time decides.
-        every_minutes: Minutes between checkpoints; null: only the steps decide.
+        every_minutes: Minutes between checkpoints, more where writing one takes over 3 % of them; null: only the steps
+            decide.
         force: Go on although settings, model files or tokens are not those that the run began with.
     """
 
@@ -40,7 +45,7 @@ class CheckpointCallback(CalibrationCallback):
         self.every_minutes = every_minutes
         self.force = force
         self._steps = 0
-        self._saved_at = 0.0
+        self._saved_at = self._seconds = 0.0
         self._random: dict[str, Any] | None = None
 
     @override
@@ -63,14 +68,21 @@ class CheckpointCallback(CalibrationCallback):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
         if trainer.interruption.is_requested or self._is_due():
-            trainer.save_checkpoint(trainer.run_folder.checkpoint)
-            self._steps, self._saved_at = 0, time.monotonic()
+            self._save(trainer)
             trainer.interruption.obey()
+
+    def _save(self, trainer: SequentialTrainer) -> None:
+        started = time.monotonic()
+        trainer.save_checkpoint(trainer.run_folder.checkpoint)
+        self._steps, self._saved_at = 0, time.monotonic()
+        self._seconds = self._saved_at - started
 
     def _is_due(self) -> bool:
         if self.every_n_steps is not None and self._steps >= self.every_n_steps:
             return True
-        return self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        if self.every_minutes is None:
+            return False
+        return time.monotonic() - self._saved_at >= max(60 * self.every_minutes, self._seconds / _LARGEST_SHARE)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
