@@ -75,7 +75,7 @@ class PackedExport(SafetensorsExport):
         target = usable_device(device)
         folded = FoldedModel(model, run)
         config = {key: value for key, value in self._config(model).items() if key != "quantization_config"}
-        skeleton = PackedSkeleton(config, model.scheme, self._sizes(folded).keys(), dtype, target)
+        skeleton = PackedSkeleton(config, model.scheme, self._planned(folded).keys(), dtype, target)
         for name, tensor in self._tensors(folded):
             if name in skeleton.slots:
                 skeleton.slots[name].put(tensor)
