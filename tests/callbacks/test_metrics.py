@@ -85,6 +85,7 @@ def test_keys(run: Run) -> None:
         "bits_per_weight",
         "size_bytes",
         "versions",
+        "checksum",
     }
     assert set(metrics["perplexity"]) == {"evaluation"}  # the file's stem
     assert set(metrics["perplexity"]["evaluation"]) == {
