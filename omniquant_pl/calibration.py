@@ -21,6 +21,7 @@ from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.hooks import BlockResult
+from omniquant_pl.memory import return_free_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import observe_inputs, observe_samples
 from omniquant_pl.quantized_block import QuantizedBlock
@@ -248,6 +249,7 @@ class Calibration:
         self._streams.advance(entry.target, output)
         engine.announce("on_block_end", block, result)
         self._kept.keep(block.index + 1, self._streams)
+        return_free_memory()
 
     def _measure(
         self, block: QuantizedBlock, tensors: Mapping[str, Tensor], target: Stream, output: Stream, seconds: float

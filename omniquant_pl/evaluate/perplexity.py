@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from omniquant_pl.activations import map_batches
 from omniquant_pl.checkpoint import BlockCall, SourceModel
+from omniquant_pl.memory import return_free_memory
 
 __all__ = ["BlockBuilder", "original_blocks", "perplexity"]
 
@@ -63,6 +64,7 @@ def perplexity(
     with context():
         hidden = map_batches(source.embed, tokens)
         for index in range(len(source)):
+            return_free_memory()  # of the block before
             block = build(index, source.block_tensors(index), calls[index]).to(device)
             hidden = map_batches(lambda batch, block=block: block(batch).float(), hidden)  # type: ignore[misc]
     mean = MeanMetric().set_dtype(torch.float64)

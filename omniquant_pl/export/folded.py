@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.checkpoint import BlockCall
+from omniquant_pl.memory import return_free_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.run_folder import RunFolder
@@ -96,6 +97,7 @@ class FoldedModel:
         Raises:
             ConfigurationError: If its factors are missing or damaged.
         """
+        return_free_memory()  # of the block before
         tensors = self._source.block_tensors(index)
         block = self._model.folded(index, tensors, BlockCall(), self._folder.load_factors(index))
         stored = self._source.stored_names(index)
