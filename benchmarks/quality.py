@@ -114,7 +114,7 @@ WITHOUT: dict[str, Settings] = {
     "divergence at the last block": {"model.output_loss": "mse"},
     "linear decay": {"model.schedule": {"decay": "none"}},
     "transformation": {"model.transform": None},
-    "clipping search": {"model.clipping": {"lr": 3e-2}},
+    "clipping search": {"model.clipping.search": False},
     "bfloat16 products": {"trainer.precision": "32-true"},
 }
 """What the best settings are without one of their options."""
