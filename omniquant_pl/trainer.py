@@ -44,7 +44,15 @@ from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.interruption import Interruption, is_requeued
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.runtime import Generation, Sampling, generate, generation_table, usable_device, write_terminal
+from omniquant_pl.runtime import (
+    Generation,
+    Sampling,
+    generate,
+    generation_table,
+    memory_line,
+    usable_device,
+    write_terminal,
+)
 
 __all__ = ["SequentialTrainer"]
 
@@ -373,7 +381,7 @@ class SequentialTrainer(Trainer):
         folder = None if packed is None else Path(packed)
         network, tokenizer = open_runnable(model, self.run_folder, folder, getattr(torch, dtype or usual), target)
         result = generate(network, tokenizer, prompt, sampling, chat, write_terminal)
-        Console().print("", generation_table(result, network), sep="\n")
+        Console().print("", generation_table(result), memory_line(network), sep="\n", soft_wrap=True)
         return result
 
 

@@ -19,6 +19,7 @@ from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.runtime import load_packed
 from omniquant_pl.runtime.codec import encode, stored_tensors
+from omniquant_pl.runtime.folder import PackedFolder
 from omniquant_pl.runtime.model import usable_device, use_generation_config
 from omniquant_pl.runtime.scheme import describe_scheme
 from omniquant_pl.runtime.skeleton import PackedSkeleton
@@ -28,7 +29,10 @@ __all__ = ["PackedExport"]
 
 @torch.no_grad()
 def _logits(folder: Path, tokens: Tensor) -> Tensor:
-    logits: Tensor = load_packed(folder)(tokens, use_cache=False).logits
+    """In float64 where activations are quantized: packed products take their sums in another order."""
+    quantizes = PackedFolder(folder).scheme.activations is not None
+    network = load_packed(folder, torch.float64 if quantizes else torch.float32)
+    logits: Tensor = network(tokens, use_cache=False).logits
     return logits
 
 

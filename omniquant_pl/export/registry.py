@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Literal
 
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.export.compressed_tensors import CompressedTensorsExport
 from omniquant_pl.export.format import Export, StorageDtype
+from omniquant_pl.export.gguf import GgufExport
+from omniquant_pl.export.gptq import GptqExport
 from omniquant_pl.export.hf import HfExport
 from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.model import OmniQuantModel
 
 __all__ = ["FORMATS", "FormatName", "open_format"]
 
-FormatName = Literal["hf", "packed"]
+FormatName = Literal["hf", "packed", "gptq", "compressed-tensors", "gguf"]
 
-FORMATS: dict[str, type[Export]] = {export.name: export for export in (HfExport, PackedExport)}
+FORMATS: dict[str, type[Export]] = {
+    export.name: export for export in (HfExport, PackedExport, GptqExport, CompressedTensorsExport, GgufExport)
+}
 """Every format by its name."""
 
 

