@@ -40,7 +40,7 @@ OMNIQUANT_INLINE constexpr uint32_t shifted(uint32_t word, int left) {
     return left >= 0 ? word << left : word >> -left;
 }
 
-// One instruction on the device, which the compiler does not find by itself.
+// Single instructions on the device, which the compiler does not always find by itself.
 OMNIQUANT_INLINE uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t ones) {
 #if defined(__CUDA_ARCH__)
     uint32_t result;
@@ -48,6 +48,44 @@ OMNIQUANT_INLINE uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t ones)
     return result;
 #else
     return (word & mask) | ones;
+#endif
+}
+
+OMNIQUANT_INLINE uint32_t select_bits(uint32_t mask, uint32_t where_one, uint32_t where_zero) {
+#if defined(__CUDA_ARCH__)
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe2;"
+        : "=r"(result)
+        : "r"(where_one), "r"(mask), "r"(where_zero));
+    return result;
+#else
+    return (where_one & mask) | (where_zero & ~mask);
+#endif
+}
+
+// The lower or the upper halves of both.
+OMNIQUANT_INLINE uint32_t lower_halves(uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, 0x5410);
+#else
+    return (low & 0xffffu) | high << 16;
+#endif
+}
+
+OMNIQUANT_INLINE uint32_t upper_halves(uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, 0x7632);
+#else
+    return low >> 16 | (high & 0xffff0000u);
+#endif
+}
+
+// The lower two bytes, one in each half.
+OMNIQUANT_INLINE uint32_t bytes_apart(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(word, 0, 0x4140);
+#else
+    return (word & 0xffu) | (word & 0xff00u) << 8;
 #endif
 }
 
@@ -66,43 +104,45 @@ OMNIQUANT_INLINE uint32_t numbers(uint32_t word, int from, int below_top, int wi
     return masked_or(shifted(word, position - from), mask, powers_of_two<Format>(below_top + unit));
 }
 
-OMNIQUANT_INLINE constexpr uint32_t select_bits(uint32_t mask, uint32_t ones, uint32_t zeros) {
-    return (ones & mask) | (zeros & ~mask);
-}
-
 // The codes of a lane. kWords: 32-bit words of its widest plane; kTiles: operands that are added;
-// offset(j): what operand j holds besides the codes. kFine: no offset is above 2^kBits, for
-// products as good as float32.
+// offset(j): what the operands of register j hold besides the codes. It repeats every two
+// registers. kFine: no offset is above 2^kBits, for products as good as float32.
 template <int kBits, typename Format, bool kFine>
-struct Codes;
+class Codes;
 
 template <typename Format, bool kFine>
-struct Codes<2, Format, kFine> {
+class Codes<2, Format, kFine> {
+  public:
     static constexpr int kWords = 1;
     static constexpr int kTiles = 1;
     static constexpr int kStride = 8;
 
     OMNIQUANT_INLINE static constexpr int first(int j) { return j; }
 
-    // Two neighbours share a shift.
-    OMNIQUANT_INLINE static constexpr int below_top(int j) { return kFine || j % 2 == 1 ? 2 : 4; }
-
     OMNIQUANT_INLINE static constexpr uint32_t offset(int j) {
         return powers_of_two<Format>(below_top(j));
     }
 
-    OMNIQUANT_INLINE static void decode(const uint32_t (&words)[kWords], uint32_t,
-                                        uint32_t (&pairs)[kTiles][kLanePairs]) {
-        for (int j = 0; j < kLanePairs; ++j) {
-            pairs[0][j] = numbers<Format>(words[0], 2 * first(j), below_top(j), 2);
-        }
+    Codes() = default;
+
+    OMNIQUANT_INLINE Codes(const uint32_t (&words)[kWords], uint32_t) : word_(words[0]) {}
+
+    OMNIQUANT_INLINE uint32_t operand(int, int j) const {
+        return numbers<Format>(word_, 2 * j, below_top(j), 2);
     }
+
+  private:
+    // Two neighbours share a shift.
+    OMNIQUANT_INLINE static constexpr int below_top(int j) { return kFine || j % 2 == 1 ? 2 : 4; }
+
+    uint32_t word_;
 };
 
 // Code and upper bit are brought together in fields of four bits, even codes in one register, odd
 // ones in another.
 template <typename Format, bool kFine>
-struct Codes<3, Format, kFine> {
+class Codes<3, Format, kFine> {
+  public:
     static constexpr int kWords = 1;
     static constexpr int kTiles = 1;
     static constexpr int kStride = 8;
@@ -110,31 +150,37 @@ struct Codes<3, Format, kFine> {
     // 0 2, 1 3, 4 6, 5 7: two that share a shift follow each other.
     OMNIQUANT_INLINE static constexpr int first(int j) { return j / 4 * 4 + j % 2 * 2 + j / 2 % 2; }
 
-    OMNIQUANT_INLINE static constexpr int below_top(int j) { return kFine || j % 2 == 1 ? 3 : 7; }
-
     OMNIQUANT_INLINE static constexpr uint32_t offset(int j) {
         return powers_of_two<Format>(below_top(j));
     }
 
+    Codes() = default;
+
     // upper: bit i belongs to code i.
-    OMNIQUANT_INLINE static void decode(const uint32_t (&words)[kWords], uint32_t upper,
-                                        uint32_t (&pairs)[kTiles][kLanePairs]) {
-        const uint32_t halves = (upper & 0xffu) | (upper & 0xff00u) << 8;        // 8 bits in each
-        const uint32_t fours = select_bits(twice(0x000f), halves, halves << 4);  // 4 in each byte
-        const uint32_t even_upper = select_bits(twice(0x0f0f), fours << 2, fours << 4);
-        const uint32_t odd_upper = select_bits(twice(0x0f0f), fours << 1, fours << 3);
-        const uint32_t even = select_bits(twice(0x3333), words[0], even_upper);
-        const uint32_t odd = select_bits(twice(0x3333), words[0] >> 2, odd_upper);
-        for (int j = 0; j < kLanePairs; ++j) {
-            const int code = first(j);
-            pairs[0][j] =
-                numbers<Format>(code % 2 == 0 ? even : odd, code / 2 * 4, below_top(j), 3);
-        }
+    OMNIQUANT_INLINE Codes(const uint32_t (&words)[kWords], uint32_t upper) {
+        const uint32_t eights = bytes_apart(upper);                      // a half has 8 bits
+        const uint32_t fours = (eights | eights << 4) & twice(0x0f0f);   // a byte has 4 bits
+        const uint32_t even_upper = (fours & twice(0x0505)) * (4 + 16);  // 0 to 2 and 2 to 6;
+        const uint32_t odd_upper = (fours & twice(0x0a0a)) * (2 + 8);    // 1 to 2 and 3 to 6;
+        even_ = select_bits(twice(0x3333), words[0], even_upper);        // what comes to 4 and 5
+        odd_ = select_bits(twice(0x3333), words[0] >> 2, odd_upper);     // is not selected
     }
+
+    OMNIQUANT_INLINE uint32_t operand(int, int j) const {
+        const int code = first(j);
+        return numbers<Format>(code % 2 == 0 ? even_ : odd_, code / 2 * 4, below_top(j), 3);
+    }
+
+  private:
+    OMNIQUANT_INLINE static constexpr int below_top(int j) { return kFine || j % 2 == 1 ? 3 : 7; }
+
+    uint32_t even_;
+    uint32_t odd_;
 };
 
 template <typename Format, bool kFine>
-struct Codes<4, Format, kFine> {
+class Codes<4, Format, kFine> {
+  public:
     static constexpr int kWords = 2;
     static constexpr int kTiles = 1;
     static constexpr int kStride = 4;
@@ -143,64 +189,63 @@ struct Codes<4, Format, kFine> {
 
     OMNIQUANT_INLINE static constexpr uint32_t offset(int) { return powers_of_two<Format>(4); }
 
-    OMNIQUANT_INLINE static void decode(const uint32_t (&words)[kWords], uint32_t,
-                                        uint32_t (&pairs)[kTiles][kLanePairs]) {
-        for (int j = 0; j < kLanePairs; ++j) {
-            pairs[0][j] = numbers<Format>(words[j / 4], j % 4 * 4, 4, 4);
-        }
+    Codes() = default;
+
+    OMNIQUANT_INLINE Codes(const uint32_t (&words)[kWords], uint32_t)
+        : words_{words[0], words[1]} {}
+
+    OMNIQUANT_INLINE uint32_t operand(int, int j) const {
+        return numbers<Format>(words_[j / 4], j % 4 * 4, 4, 4);
     }
+
+  private:
+    uint32_t words_[kWords];
 };
 
-template <bool kFine>
-struct Codes<8, Float16, kFine> {
+// Eight bits are more than bfloat16's mantissa: there a code is low + 16 * high, in two operands.
+template <typename Format, bool kFine>
+class Codes<8, Format, kFine> {
+    static constexpr bool kIsWhole = Format::kMantissa >= 8;
+
+  public:
     static constexpr int kWords = 4;
-    static constexpr int kTiles = 1;
+    static constexpr int kTiles = kIsWhole ? 1 : 2;
     static constexpr int kStride = 2;
 
     OMNIQUANT_INLINE static constexpr int first(int j) { return j / 2 * 4 + j % 2; }
 
-    OMNIQUANT_INLINE static constexpr uint32_t offset(int) { return powers_of_two<Float16>(8); }
-
-    OMNIQUANT_INLINE static void decode(const uint32_t (&words)[kWords], uint32_t,
-                                        uint32_t (&pairs)[kTiles][kLanePairs]) {
-        for (int j = 0; j < kLanePairs; ++j) {
-            pairs[0][j] = numbers<Float16>(words[j / 2], j % 2 * 8, 8, 8);
-        }
-    }
-};
-
-// Eight bits are more than the mantissa: code = low + 16 * high, in two operands.
-template <bool kFine>
-struct Codes<8, Bfloat16, kFine> {
-    static constexpr int kWords = 4;
-    static constexpr int kTiles = 2;
-    static constexpr int kStride = 2;
-
-    OMNIQUANT_INLINE static constexpr int first(int j) { return j / 2 * 4 + j % 2; }
-
-    // 2^4 + 2^8
+    // 2^8, or 2^8 + 2^4
     OMNIQUANT_INLINE static constexpr uint32_t offset(int) {
-        return powers_of_two<Bfloat16>(8) | twice(1u << (Bfloat16::kMantissa - 4));
+        return powers_of_two<Format>(8) | (kIsWhole ? 0u : twice(1u << (Format::kMantissa - 4)));
     }
 
-    OMNIQUANT_INLINE static void decode(const uint32_t (&words)[kWords], uint32_t,
-                                        uint32_t (&pairs)[kTiles][kLanePairs]) {
-        for (int j = 0; j < kLanePairs; ++j) {
-            pairs[0][j] = numbers<Bfloat16>(words[j / 2], j % 2 * 8, 4, 4);
-            pairs[1][j] = numbers<Bfloat16>(words[j / 2], j % 2 * 8 + 4, 4, 4, 4);
+    Codes() = default;
+
+    OMNIQUANT_INLINE Codes(const uint32_t (&words)[kWords], uint32_t)
+        : words_{words[0], words[1], words[2], words[3]} {}
+
+    OMNIQUANT_INLINE uint32_t operand(int tile, int j) const {
+        const int from = j % 2 * 8;
+        if constexpr (kIsWhole) {
+            return numbers<Format>(words_[j / 2], from, 8, 8);
+        } else {
+            return numbers<Format>(words_[j / 2], from + 4 * tile, 4, 4, 4 * tile);
         }
     }
+
+  private:
+    uint32_t words_[kWords];
 };
 
 // Activations. The register of the columns first and first + stride, of a lane's 16-bit numbers.
 OMNIQUANT_INLINE uint32_t pair_of(const uint32_t (&x)[kLanePairs], int first, int stride) {
     const uint32_t low = x[first / 2];
     const uint32_t high = x[(first + stride) / 2];
-    return first % 2 == 0 ? (low & 0xffffu) | high << 16 : low >> 16 | (high & 0xffff0000u);
+    return first % 2 == 0 ? lower_halves(low, high) : upper_halves(low, high);
 }
 
-// A float32 as the sum of bfloat16 numbers, each in the upper half of its part: all 24 bits where it
-// is above 2^-110. Truncated, not rounded, so that the largest numbers do not overflow.
+// A float32 as the sum of bfloat16 numbers, each in the upper half of its part: all 24 bits where
+// it is above 2^-110. Truncated, not rounded, so that the largest numbers do not overflow.
 constexpr int kFloatParts = 3;
 
 OMNIQUANT_INLINE float float_of(uint32_t bits) {

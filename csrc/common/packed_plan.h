@@ -11,15 +11,18 @@
 
 namespace omniquant {
 
-constexpr int kTileRows = 16;              // output channels of a matrix instruction
+constexpr int kTileRows = 16;  // output channels of a matrix instruction
+constexpr int kRowTiles = 2;   // tiles of them that a warp multiplies with the same activations
+constexpr int kBlockRows = kRowTiles * kTileRows;
 constexpr int kTileColumns = 8;            // activations of one
 constexpr int kQuad = 4;                   // lanes that share a row
 constexpr int kUnit = kQuad * kLaneCodes;  // columns that a warp takes at a time
 constexpr int kChunkWords = 16;            // words of a row that a warp fetches at a time: 64 bytes
 constexpr int kStages = 4;                 // chunks of a warp in flight
 constexpr int kMaxWarps = 16;
+constexpr int kMaxThreads = kMaxWarps * 32;
 
-// Bits of a code in its widest plane, and in the other.
+// Bits of a code in its widest plane.
 OMNIQUANT_INLINE constexpr int plane_bits(int bits) {
     return bits == 3 ? 2 : bits;
 }
@@ -33,50 +36,50 @@ OMNIQUANT_INLINE constexpr int chunk_words(int bits) {
     return kChunkWords * bits / plane_bits(bits);
 }
 
+// Steps of a chunk, at most: halves of its units.
+constexpr int kMaxChunkSteps = 2 * units_per_chunk(2);
+
+// Shared memory of a warp for the operands of a vector's chunk, in words.
+constexpr int kVectorWords = kMaxChunkSteps * kQuad * kLanePairs;
+
 template <typename T>
 OMNIQUANT_INLINE constexpr T ceil_divide(T count, T size) {
     return (count + size - 1) / size;
 }
 
 struct PackedPlan {
-    int row_tiles;     // tiles of output channels that a warp multiplies with the same activations
-    int column_tiles;  // tiles of activations that it multiplies with the same codes
+    bool is_vector;    // one row of 16-bit activations
+    bool halves;       // a step is half of a unit: some group may end inside of one
+    int column_tiles;  // tiles of activations that a warp multiplies with the same codes
     int warps;
     int shared_bytes;
 };
 
 // Every warp of a block takes its own columns and all the block's rows: the activations are read
-// once a block. So blocks are tall where that still gives every multiprocessor one.
-inline PackedPlan packed_plan(int bits, int64_t n, int64_t rows, int64_t columns, bool is_wide,
-                              int processors, int max_shared_bytes) {
+// once a block. Few blocks have more warps each.
+inline PackedPlan packed_plan(int bits, int64_t n, int64_t rows, int64_t columns,
+                              int64_t group_size, bool is_wide, int processors,
+                              int max_shared_bytes) {
     PackedPlan plan = {};
-    plan.column_tiles = n > kTileColumns && !is_wide ? 2 : 1;
-    const bool is_tall = plan.column_tiles == 2 || rows >= int64_t{2} * kTileRows * processors;
-    plan.row_tiles = is_tall ? 2 : 1;
-    const int64_t blocks = ceil_divide<int64_t>(rows, kTileRows * plan.row_tiles) *
+    plan.is_vector = n == 1 && !is_wide;
+    plan.halves = group_size < columns && group_size % kUnit != 0;
+    plan.column_tiles = n > kTileColumns && !is_wide && !plan.halves ? 2 : 1;
+    const int64_t blocks = ceil_divide<int64_t>(rows, kBlockRows) *
                            ceil_divide<int64_t>(n, kTileColumns * plan.column_tiles);
     const int64_t chunks = ceil_divide<int64_t>(columns, units_per_chunk(bits) * kUnit);
-    const int warp_bytes = kStages * kTileRows * plan.row_tiles * chunk_words(bits) * 4;
+    const int ring_words = kStages * kBlockRows * chunk_words(bits);
+    const int warp_bytes = 4 * (ring_words + (plan.is_vector ? kVectorWords : 0));
     const int most = blocks >= processors ? kMaxWarps / 2 : kMaxWarps;
     const int fitting = std::max(std::min(most, max_shared_bytes / warp_bytes), 1);
-    plan.warps = static_cast<int>(std::min<int64_t>(fitting, std::max<int64_t>(chunks, 1)));
+    plan.warps = static_cast<int>(std::min<int64_t>(fitting, chunks));
     plan.shared_bytes = plan.warps * warp_bytes;
     return plan;
 }
 
-// Groups of input channels, counted in steps. A step is a unit; where groups may end inside of a
-// unit it is half of one: half of the lanes multiply with zeros, then the other half.
-struct GroupSteps {
-    int steps_per_unit;
-    int steps_per_group;
-};
-
-OMNIQUANT_INLINE GroupSteps group_steps(int64_t columns, int64_t group_size) {
-    const int64_t half = kUnit / 2;
-    const int64_t all = ceil_divide<int64_t>(columns, kUnit) * 2;
-    const int64_t halves = group_size < columns ? group_size / half : all;
-    return halves % 2 == 0 ? GroupSteps{1, static_cast<int>(halves / 2)}
-                           : GroupSteps{2, static_cast<int>(halves)};
+// Groups of input channels, counted in steps.
+inline int steps_per_group(int64_t columns, int64_t group_size, bool halves) {
+    const int step = halves ? kUnit / 2 : kUnit;
+    return static_cast<int>(ceil_divide<int64_t>(std::min(group_size, columns), step));
 }
 
 // Where a step stands among the groups.

@@ -38,53 +38,59 @@ using Kernel = void (*)(PackedLinear);
 template <int kBits, typename T>
 Kernel kernel_of(const PackedPlan &plan) {
     if constexpr (!Activations<T>::kWide) {
+        if (plan.is_vector) {
+            return plan.halves ? packed_linear_kernel<kBits, T, 1, true, true>
+                               : packed_linear_kernel<kBits, T, 1, true, false>;
+        }
         if (plan.column_tiles == 2) {
-            return packed_linear_kernel<kBits, T, 2, 2>;
+            return packed_linear_kernel<kBits, T, 2, false, false>;
         }
     }
-    return plan.row_tiles == 2 ? packed_linear_kernel<kBits, T, 2, 1>
-                               : packed_linear_kernel<kBits, T, 1, 1>;
+    return plan.halves ? packed_linear_kernel<kBits, T, 1, false, true>
+                       : packed_linear_kernel<kBits, T, 1, false, false>;
 }
 
 template <int kBits, typename T>
-int32_t run(const PackedLinear &p, void *stream) {
+int32_t run(PackedLinear p, int64_t group_size, void *stream) {
     Device device = {};
     const cudaError_t error = current_device(&device);
     if (error != cudaSuccess) {
         return static_cast<int32_t>(error);
     }
-    const PackedPlan plan = packed_plan(kBits, p.n, p.rows, p.columns, Activations<T>::kWide,
-                                        device.processors, device.shared_bytes);
+    const PackedPlan plan =
+        packed_plan(kBits, p.n, p.rows, p.columns, group_size, Activations<T>::kWide,
+                    device.processors, device.shared_bytes);
+    p.steps_per_group = steps_per_group(p.columns, group_size, plan.halves);
     const dim3 grid(ceil_divide(p.n, kTileColumns * plan.column_tiles),
-                    ceil_divide(p.rows, kTileRows * plan.row_tiles));
+                    ceil_divide(p.rows, kBlockRows));
     return launch(kernel_of<kBits, T>(plan), grid, static_cast<unsigned>(plan.warps * kWarp),
                   plan.shared_bytes, stream, p);
 }
 
 template <int kBits>
-int32_t run(const PackedLinear &p, int32_t type, void *stream) {
+int32_t run(const PackedLinear &p, int64_t group_size, int32_t type, void *stream) {
     switch (type) {
         case OMNIQUANT_FLOAT32:
-            return run<kBits, float>(p, stream);
+            return run<kBits, float>(p, group_size, stream);
         case OMNIQUANT_FLOAT16:
-            return run<kBits, __half>(p, stream);
+            return run<kBits, __half>(p, group_size, stream);
         case OMNIQUANT_BFLOAT16:
-            return run<kBits, __nv_bfloat16>(p, stream);
+            return run<kBits, __nv_bfloat16>(p, group_size, stream);
         default:
             return kRefused;
     }
 }
 
-int32_t run(const PackedLinear &p, int32_t bits, int32_t type, void *stream) {
+int32_t run(const PackedLinear &p, int64_t group_size, int32_t bits, int32_t type, void *stream) {
     switch (bits) {
         case 2:
-            return run<2>(p, type, stream);
+            return run<2>(p, group_size, type, stream);
         case 3:
-            return run<3>(p, type, stream);
+            return run<3>(p, group_size, type, stream);
         case 4:
-            return run<4>(p, type, stream);
+            return run<4>(p, group_size, type, stream);
         case 8:
-            return run<8>(p, type, stream);
+            return run<8>(p, group_size, type, stream);
         default:
             return kRefused;
     }
@@ -92,7 +98,7 @@ int32_t run(const PackedLinear &p, int32_t bits, int32_t type, void *stream) {
 
 bool fits(int64_t n, int64_t columns, int64_t rows, int64_t group_size) {
     constexpr int64_t kMaxColumns = int64_t{1} << 24;  // places in a block are counted in 32 bits
-    constexpr int64_t kMaxRows = int64_t{65535} * kTileRows;
+    constexpr int64_t kMaxRows = int64_t{65535} * kBlockRows;
     constexpr int64_t kMaxActivations = INT32_MAX / 2;
     return n <= kMaxActivations && columns > 0 && columns <= kMaxColumns && rows <= kMaxRows &&
            group_size > 0 && (group_size >= columns || group_size % (kUnit / 2) == 0);
@@ -117,18 +123,14 @@ int32_t omniquant_cuda_packed_linear(const void *x, const uint32_t *words, const
     PackedLinear p = {};
     p.x = x;
     p.words = words;
-    p.scale = scale;
-    p.zero_point = zero_point;
     p.out = out;
     p.n = static_cast<int>(n);
     p.columns = static_cast<int>(columns);
     p.rows = static_cast<int>(rows);
-    p.groups = static_cast<int>(ceil_divide(columns, group_size));
+    p.groups = {scale, zero_point, static_cast<int>(ceil_divide(columns, group_size)), scale_dtype};
     p.words_per_row = ceil_divide(p.columns, 32) * bits;
-    p.scale_type = scale_dtype;
     p.words_are_aligned = aligned(words) && p.words_per_row % 4 == 0;
     const int element_bytes = dtype == OMNIQUANT_FLOAT32 ? 4 : 2;
     p.x_is_aligned = aligned(x) && columns * element_bytes % kAccess == 0;
-    p.steps = group_steps(columns, group_size);
-    return run(p, bits, dtype, stream);
+    return run(p, group_size, bits, dtype, stream);
 }

@@ -35,11 +35,14 @@ ADA_SHARED = 101376
 # rows of x, columns, output channels, group size
 SHAPES = [
     (1, 256, 32, 128),  # whole chunks, aligned
-    (1, 2048, 16, 512),  # more chunks than a ring holds
+    (1, 2048, 16, 512),
+    (1, 416, 40, 32),  # groups that end inside of a unit
+    (1, 331, 70, 96),
     (2, 1, 1, 1),  # the smallest
     (3, 100, 5, 100),  # per channel, ragged everywhere
     (5, 300, 50, 128),  # a last group that is shorter
-    (9, 416, 40, 32),  # groups that end inside of a unit; two tiles of x
+    (9, 416, 40, 32),
+    (9, 1000, 33, 320),  # two tiles of x
     (16, 544, 33, 96),
     (17, 640, 17, 160),  # a second block of x
 ]
@@ -124,7 +127,7 @@ def test_products(
     case = bits + FLOATS.index(dtype) + SHAPES.index(shape)
     weight = Weight(bits, out, columns, group_size, FLOATS[case % 3], symmetric=case % 4 == 0)
     x = torch.randn(n, columns).to(dtype)
-    for processors, shared in ((1, ADA_SHARED), (100, H200_SHARED)):  # tall blocks, then flat ones
+    for processors, shared in ((1, ADA_SHARED), (100, H200_SHARED)):  # 8 warps a block, then 16
         configure(library, processors, shared, eager=case % 2 == 0, backwards=case // 2 % 2 == 0)
         announce(library, x, *weight.tensors())
         result = kernels.packed_linear(x, *weight.tensors(), bits, group_size)

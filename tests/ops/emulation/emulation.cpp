@@ -1,6 +1,7 @@
 // Runs blocks one after another, the threads of a block as fibers. Asynchronous copies are made as
-// early or as late as they may be, threads run forwards or backwards: code that is right in all four
-// has its barriers and waits where they belong. What is read must lie in a buffer that was announced.
+// early or as late as they may be, threads run forwards or backwards: code that is right in all
+// four has its barriers and waits where they belong. What is read must lie in a buffer that was
+// announced.
 #include <cuda_runtime.h>
 #include <setjmp.h>
 #include <ucontext.h>
