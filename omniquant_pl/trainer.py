@@ -115,6 +115,12 @@ class SequentialTrainer(Trainer):
         if self.world_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigurationError("trainer.devices", "blocks are calibrated on one device; set it to 1")
 
+    @property
+    @override
+    def received_sigterm(self) -> bool:
+        """Never: Lightning would leave at once, the calibration obeys signals where nothing gets lost."""
+        return False
+
     @override
     def _fit_impl(
         self,
@@ -150,10 +156,11 @@ class SequentialTrainer(Trainer):
         self.fingerprint = fingerprint(self.settings, model.source.folder, tokens)
         force = any(getattr(callback, "force", False) for callback in self._calibration_callbacks)
         finished = FinishedBlocks(self.run_folder, self.fingerprint, self.resumes, force)
-        finished.refuse_other(len(model.source))
+        finished.refuse_other(len(model.source), checkpoint)
         if self.resumes:
             self.run_folder.keep_log()
-            self._resume = load_latest(checkpoint, lambda content: "calibration" in content)
+            found = load_latest(checkpoint, lambda content: "calibration" in content)
+            self._resume = None if found is None else (found[0], found[1]["calibration"])
         elif self.is_global_zero:
             self.run_folder.start()
         self.announce("on_calibration_start", model)
@@ -175,9 +182,9 @@ class SequentialTrainer(Trainer):
             self.run_folder.remove_checkpoints()
 
     def _storage(self, model: OmniQuantModel, tokens: Tensor) -> Storage:
-        """Where the streams are kept: those in front of a block and behind it, and the targets of its window."""
+        """Where the streams are kept: two in front of a block, two behind it, and the targets of its window."""
         device, dtype = self.strategy.root_device, model.activation_dtype
-        count = 3 + model.window.blocks + model.aug_loss
+        count = 4 + model.window.blocks
         size = tokens.numel() * model.source.config.hidden_size * dtype.itemsize
         return Storage(place_for(count * size, model.activation_budget, device), dtype, device, self.run_folder.streams)
 
@@ -189,14 +196,13 @@ class SequentialTrainer(Trainer):
         self.should_stop = False
         self.state.status = TrainerStatus.RUNNING
         resume, self._resume = self._resume, None
-        if resume is not None and resume[1]["calibration"]["first"] != block.index:
+        if resume is not None and resume[1]["first"] != block.index:
             resume = None
         # Lightning counts epochs over the trainer's life and would run none for a second block.
         self.first_epoch = self.current_epoch
         self.fit_loop.max_epochs = self.first_epoch + self.epochs_per_block
         if resume is not None:
-            known = resume[1]["calibration"]
-            self.first_epoch, self.fit_loop.max_epochs = known["first_epoch"], known["max_epochs"]
+            self.first_epoch, self.fit_loop.max_epochs = resume[1]["first_epoch"], resume[1]["max_epochs"]
         batches.sampler.start_block(self.first_epoch)
         block.steps = self._steps(len(batches))
         # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.

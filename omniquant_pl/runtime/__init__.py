@@ -7,7 +7,7 @@
 from omniquant_pl.runtime.generation import Generation, Sampling, generate
 from omniquant_pl.runtime.linear import PackedLinear
 from omniquant_pl.runtime.model import load_packed, usable_device
-from omniquant_pl.runtime.report import generation_table, weight_bytes, write_terminal
+from omniquant_pl.runtime.report import generation_table, memory_line, weight_bytes, write_terminal
 
 __all__ = [
     "Generation",
@@ -16,6 +16,7 @@ __all__ = [
     "generate",
     "generation_table",
     "load_packed",
+    "memory_line",
     "usable_device",
     "weight_bytes",
     "write_terminal",

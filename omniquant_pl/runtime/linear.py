@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from omniquant_pl import ops
-from omniquant_pl.quant import dynamic_fake_quantize
+from omniquant_pl.quant import QuantizedWeight, dynamic_fake_quantize
 from omniquant_pl.quant.affine import group_size_of
 from omniquant_pl.spec import ActivationSpec, WeightSpec
 
@@ -63,10 +64,20 @@ class PackedLinear(nn.Module):
         self.register_buffer("zero_point", None if spec.symmetric else empty(groups, torch.uint8))
         self.register_buffer("bias", empty((out_features,), dtype) if has_bias else None)
 
+    def dequantize(self) -> Tensor:
+        """Returns the weight ``[out, in]``, float32."""
+        codes = ops.unpack(self.words, self.bits, self.in_features, "planes")
+        zero_point = self.zero_point
+        if zero_point is None:
+            zero_point = torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return QuantizedWeight(codes, self.scale, zero_point, self.group_size).dequantize()
+
     def forward(self, hidden: Tensor) -> Tensor:
-        """Applies the linear to ``[..., in]``, in the dtype that it comes in."""
+        """Applies the linear to ``[..., in]``, in the dtype that it comes in; in float64 by the dequantized weight."""
         if self.activations is not None:
             hidden = dynamic_fake_quantize(hidden, self.activations.bits, self.activations.symmetric)
+        if hidden.dtype == torch.float64:  # exact enough to compare with; there is no packed product of it
+            return F.linear(hidden, self.dequantize().double(), self.bias)
         rows = hidden.reshape(-1, self.in_features)
         output = ops.packed_linear(rows, self.words, self.scale, self.zero_point, self.bits, self.group_size)
         if self.bias is not None:

@@ -43,7 +43,7 @@ def load_packed(
 
     Args:
         folder: The folder.
-        dtype: What is not quantized is held and computed in it: float32, bfloat16 or float16.
+        dtype: What is not quantized is held and computed in it: float32, bfloat16 or float16; float64 to compare with.
         device: Where to.
 
     Raises:

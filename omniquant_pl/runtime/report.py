@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from omniquant_pl.memory import peak_memory
 from omniquant_pl.runtime.generation import Generation
 
-__all__ = ["generation_table", "weight_bytes", "write_terminal"]
+__all__ = ["generation_table", "memory_line", "weight_bytes", "write_terminal"]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -21,16 +21,20 @@ def write_terminal(text: str) -> None:
     sys.stdout.flush()
 
 
-def generation_table(generation: Generation, model: PreTrainedModel) -> Table:
-    """Returns a table of speeds, of the size of the model and of the most memory that the process has used."""
+def generation_table(generation: Generation) -> Table:
+    """Returns a table of speeds, the prompt and what was generated apart."""
     decode = generation.decode_rate
-    peak = peak_memory(model.device)
     table = Table("", "tokens", "tokens per second")
     table.add_row("prompt", str(generation.prompt_tokens), f"{generation.prefill_rate:.1f}")
     table.add_row("generated", str(len(generation.tokens)), "" if decode is None else f"{decode:.1f}")
-    device = f", device {_shown(peak['device'])}" if model.device.type == "cuda" else ""
-    table.caption = f"weights {_shown(weight_bytes(model))}; peak memory: host {_shown(peak['host'])}{device}"
     return table
+
+
+def memory_line(model: PreTrainedModel) -> str:
+    """Returns a sentence on the size of a model and on the most memory that the process has used so far."""
+    peak = peak_memory(model.device)
+    device = f", device {_shown(peak['device'])}" if model.device.type == "cuda" else ""
+    return f"weights {_shown(weight_bytes(model))}; peak memory: host {_shown(peak['host'])}{device}"
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

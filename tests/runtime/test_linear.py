@@ -82,6 +82,14 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert (output.double() - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_double_precision_is_exact(symmetric: bool) -> None:
+    linear, weight = random_linear(WeightSpec(5, 16, symmetric))
+    assert (linear.dequantize().double() - weight).abs().max() < 1e-6 * weight.abs().max()
+    hidden = states(3).double()
+    assert torch.allclose(linear(hidden), hidden @ linear.dequantize().double().T, rtol=1e-12, atol=1e-12)
+
+
 def test_gradient_of_the_input() -> None:
     linear, weight = random_linear(WeightSpec(3, 16))
     hidden = states(4).requires_grad_()
