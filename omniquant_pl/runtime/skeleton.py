@@ -153,7 +153,7 @@ class PackedSkeleton:
 
 def _transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
     family = config.get("model_type")
-    if family not in CONFIG_MAPPING:
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
         raise ValueError(f"the family {family!r} is unknown")
     found: PretrainedConfig = CONFIG_MAPPING[family].from_dict(dict(config))
     return found
