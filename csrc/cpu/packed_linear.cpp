@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 19;  // handing over costs what so many take
 constexpr int64_t PIECES_PER_THREAD = 8;            // a thread that lags holds up one piece
+constexpr int64_t PIECE_MULTIPLE = 12;              // rows, of 1, 3 or 4 at once
 constexpr int64_t MAX_LANES = 16;
 constexpr int MAX_FIELDS = 16;
 constexpr int64_t MAX_ROWS = 16;  // of x at a time, so that they stay in a core's cache
@@ -23,6 +24,7 @@ struct Kernel {
     PackedKernel run;
     int64_t lanes;
     int32_t paired;
+    int64_t limit;  // rows of x, measured against torch's product of 4 bit, dequantized
 };
 
 // The widest that the processor has and the caller allows; 0 allows all.
@@ -34,16 +36,16 @@ Kernel choose_kernel(int32_t widest, int32_t type, int32_t bits) {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
         const bool pairs = type == OMNIQUANT_BFLOAT16 && bits < 8;
         if (pairs && __builtin_cpu_supports("avx512bf16")) {
-            return {packed_rows_avx512_bf16, 16, 2};
+            return {packed_rows_avx512_bf16, 16, 2, INT64_MAX};
         }
-        return {packed_rows_avx512, 16, 1};
+        return {packed_rows_avx512, 16, 1, 64};
     }
     if (lanes >= 8 && fma && __builtin_cpu_supports("avx2")) {
-        return {packed_rows_avx2, 8, 1};
+        return {packed_rows_avx2, 8, 1, 16};
     }
 #endif
     (void)widest, (void)type, (void)bits;
-    return {packed_rows_portable, 8, 1};
+    return {packed_rows_portable, 8, 1, 8};
 }
 
 // Where a call's memory goes, in floats from a line's begin on.
@@ -71,7 +73,7 @@ Plan make_plan(int64_t n, int64_t in, int64_t group_size, int32_t bits, int64_t 
     plan.columns = (in + plan.block - 1) / plan.block * plan.block;
     plan.stride = whole_lines(plan.columns) + LINE;
     plan.sums_stride = whole_lines(groups);
-    plan.scratch = scratch_floats(units, groups);
+    plan.scratch = MAX_ROWS_AT_ONCE * scratch_of_row(units, groups);
     plan.sums = std::min(n, MAX_ROWS) * plan.stride;
     plan.indices = plan.sums + std::min(n, MAX_ROWS) * plan.sums_stride;
     plan.scratches = plan.indices + whole_lines(units);
@@ -184,8 +186,7 @@ int64_t piece_of(int64_t rows, int64_t products, int32_t threads) {
         return std::max<int64_t>(rows, 1);
     }
     const int64_t pieces = threads * PIECES_PER_THREAD;
-    return ((rows + pieces - 1) / pieces + MAX_ROWS_AT_ONCE - 1) / MAX_ROWS_AT_ONCE *
-           MAX_ROWS_AT_ONCE;
+    return ((rows + pieces - 1) / pieces + PIECE_MULTIPLE - 1) / PIECE_MULTIPLE * PIECE_MULTIPLE;
 }
 
 }  // namespace
@@ -193,6 +194,10 @@ int64_t piece_of(int64_t rows, int64_t products, int32_t threads) {
 int64_t omniquant_packed_linear_workspace(int64_t n, int64_t in, int64_t group_size, int32_t bits,
                                           int32_t threads) {
     return make_plan(n, in, group_size, bits, MAX_LANES, threads).end + LINE;
+}
+
+int64_t omniquant_packed_linear_limit(int32_t bits, int32_t type, int32_t lanes) {
+    return choose_kernel(lanes, type, bits).limit;
 }
 
 void omniquant_packed_linear(const void *x, const uint32_t *words, const void *scale,

@@ -88,15 +88,16 @@ struct PackedProduct {
     const int32_t *group_of_unit;  // within the groups from that of the vector's first unit on
 };
 
-// Floats that a thread needs: scales spread over units, and scale * zero of groups, of some rows.
 constexpr int64_t LINE = 16;  // floats of a cache line, and of the widest vector
 
 constexpr int64_t whole_lines(int64_t floats) {
     return (floats + LINE - 1) / LINE * LINE;
 }
 
-constexpr int64_t scratch_floats(int64_t units, int64_t groups) {
-    return MAX_ROWS_AT_ONCE * (whole_lines(units) + whole_lines(groups) + 2 * LINE);
+// Floats that a thread needs for a row of the weight: a scale for each unit, and one number for
+// each group. A vector may begin at the last of either.
+constexpr int64_t scratch_of_row(int64_t units, int64_t groups) {
+    return whole_lines(units) + LINE + whole_lines(groups) + LINE;
 }
 
 // Weight rows [begin, end) for all rows of x.

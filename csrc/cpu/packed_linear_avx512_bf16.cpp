@@ -12,6 +12,8 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
     using Number = __m512bh;
+    static constexpr int rows =
+        3;  // with two times as many sums of 4 rows of x, what registers hold
     static constexpr int paired = 2;
     static constexpr int offset = 128;
 

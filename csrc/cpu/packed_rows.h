@@ -38,6 +38,13 @@ struct Codes {
         }
     }
 
+    OMNIQUANT_STEP void prefetch(const uint32_t *row, int64_t units, int64_t block) {
+        V::prefetch(row + block * V::lanes);
+        if constexpr (bits == 3) {
+            V::prefetch(row + 2 * units + block * V::lanes / 2);
+        }
+    }
+
     template <int vector>
     OMNIQUANT_TARGET OMNIQUANT_ALWAYS_INLINE typename V::Number number() const {
         return V::template number<bits, spacing_of(bits), vector % each>(words[vector / each]);
@@ -60,22 +67,33 @@ struct Codes {
     }
 };
 
-// Sums of `rows` rows of the weight with `count` rows of x.
-template <class V, int rows, int count>
-struct Sums {
-    typename V::Float at[rows][count];
+// Some rows of the weight: as many as V takes at once. Where fewer are left the last one stands for
+// those that are not there, whose results are thrown away.
+template <class V>
+struct Rows {
+    const uint32_t *words[V::rows];
+    const float *scales[V::rows];  // of each unit
+    const float *zeros[V::rows];   // of each group: scale * what is to be taken off the codes
+    int64_t first;
+    int64_t count;
 };
 
-template <class V, int bits, int rows, int count, int vector>
-OMNIQUANT_STEP void add_vector(const Codes<V, bits> (&codes)[rows], const float *x, int64_t stride,
-                               Sums<V, rows, count> &sums) {
-    typename V::Number numbers[rows];
-    for (int r = 0; r < rows; ++r) {
+// Sums of these rows with `count` rows of x.
+template <class V, int count>
+struct Sums {
+    typename V::Float at[V::rows][count];
+};
+
+template <class V, int bits, int count, int vector>
+OMNIQUANT_STEP void add_vector(const Codes<V, bits> (&codes)[V::rows], const float *x,
+                               int64_t stride, Sums<V, count> &sums) {
+    typename V::Number numbers[V::rows];
+    for (int r = 0; r < V::rows; ++r) {
         numbers[r] = codes[r].template number<vector>();
     }
     for (int i = 0; i < count; ++i) {
         const typename V::Number values = V::load_x(x + i * stride + vector * V::lanes);
-        for (int r = 0; r < rows; ++r) {
+        for (int r = 0; r < V::rows; ++r) {
             if constexpr (vector == 0) {
                 sums.at[r][i] = V::dot(numbers[r], values);
             } else {
@@ -84,18 +102,105 @@ OMNIQUANT_STEP void add_vector(const Codes<V, bits> (&codes)[rows], const float 
         }
     }
     if constexpr (vector + 1 < Codes<V, bits>::vectors) {
-        add_vector<V, bits, rows, count, vector + 1>(codes, x, stride, sums);
+        add_vector<V, bits, count, vector + 1>(codes, x, stride, sums);
     }
 }
 
-// Scales of some rows, spread over the units, and what their zero points take off.
-struct Scratch {
-    float *scales;  // [rows, scales_stride]
-    float *zeros;  // [rows, zeros_stride]: scale * (zero_point + what the numbers are too large by)
-    int64_t scales_stride;
-    int64_t zeros_stride;
-};
+template <class V, int bits, int count>
+OMNIQUANT_STEP void add_block(const Codes<V, bits> (&codes)[V::rows], const float *x,
+                              int64_t stride, const Rows<V> &rows, int64_t block,
+                              Sums<V, count> &totals) {
+    constexpr int units = V::lanes * fields_of(bits) / UNIT;
+    Sums<V, count> sums;
+    add_vector<V, bits, count, 0>(codes, x, stride, sums);
+    for (int r = 0; r < V::rows; ++r) {
+        const typename V::Float scale =
+            V::template spread<V::lanes / units>(rows.scales[r] + block * units);
+        for (int i = 0; i < count; ++i) {
+            totals.at[r][i] = V::add_product(totals.at[r][i], sums.at[r][i], scale);
+        }
+    }
+}
 
+// sum(scale * code * x)
+template <class V, int bits, int count>
+OMNIQUANT_STEP void add_blocks(const PackedProduct &product, const Rows<V> &rows, const float *x,
+                               Sums<V, count> &totals) {
+    constexpr int64_t lane = fields_of(bits);
+    constexpr int64_t width = V::lanes * lane;
+    constexpr int64_t x_width = V::lanes * Codes<V, bits>::vectors;
+    const int64_t units = product.weight.units;
+    const int64_t ahead = V::rows * product.weight.words_per_row;
+    const int64_t blocks = units * UNIT / width;
+    Codes<V, bits> codes[V::rows];
+    for (int64_t block = 0; block < blocks; ++block) {
+        for (int r = 0; r < V::rows; ++r) {
+            Codes<V, bits>::prefetch(rows.words[r] + ahead, units, block);
+            codes[r] = Codes<V, bits>::load(rows.words[r], units, block);
+        }
+        add_block<V, bits, count>(codes, x + block * x_width, product.x.stride, rows, block,
+                                  totals);
+    }
+    if (const int64_t rest = units * UNIT - blocks * width; rest != 0) {
+        for (int r = 0; r < V::rows; ++r) {
+            codes[r] = Codes<V, bits>::load_some(rows.words[r], units, blocks, rest / lane);
+        }
+        add_block<V, bits, count>(codes, x + blocks * x_width, product.x.stride, rows, blocks,
+                                  totals);
+    }
+}
+
+// sum(scale * zero * sum(x))
+template <class V, int count>
+OMNIQUANT_STEP void subtract_zeros(const PackedProduct &product, const Rows<V> &rows,
+                                   const float *sums, Sums<V, count> &totals) {
+    for (int64_t g = 0; g < product.weight.groups; g += V::lanes) {
+        for (int r = 0; r < V::rows; ++r) {
+            const typename V::Float zeros = V::load(rows.zeros[r] + g);
+            for (int i = 0; i < count; ++i) {
+                totals.at[r][i] = V::subtract_product(
+                    totals.at[r][i], zeros, V::load(sums + i * product.x.sums_stride + g));
+            }
+        }
+    }
+}
+
+// The products of some rows of the weight with `count` rows of x.
+template <class V, int bits, int count>
+static OMNIQUANT_TARGET void multiply(const PackedProduct &product, const Rows<V> &rows,
+                                      int64_t first) {
+    Sums<V, count> totals;
+    for (int r = 0; r < V::rows; ++r) {
+        for (int i = 0; i < count; ++i) {
+            totals.at[r][i] = V::fill(0.0f);
+        }
+    }
+    const StoodRows &x = product.x;
+    add_blocks<V, bits, count>(product, rows, x.values + first * x.stride, totals);
+    subtract_zeros<V, count>(product, rows, x.sums + first * x.sums_stride, totals);
+    const Output &out = product.out;
+    for (int i = 0; i < count; ++i) {
+        for (int r = 0; r < rows.count; ++r) {
+            store_element(out.values, out.type,
+                          (out.first + first + i) * out.features + rows.first + r,
+                          V::total(totals.at[r][i]));
+        }
+    }
+}
+
+// With all rows of x from `first` on, `count` at a time, the rest by halves of that.
+template <class V, int bits, int count>
+static OMNIQUANT_TARGET void multiply_all(const PackedProduct &product, const Rows<V> &rows,
+                                          int64_t first) {
+    for (; first + count <= product.x.n; first += count) {
+        multiply<V, bits, count>(product, rows, first);
+    }
+    if constexpr (count > 1) {
+        multiply_all<V, bits, count / 2>(product, rows, first);
+    }
+}
+
+// Reads a row's scales and zero points for all of the above.
 template <class V>
 OMNIQUANT_STEP void spread_scales(const PackedProduct &product, int64_t row, float *scales,
                                   float *zeros) {
@@ -123,110 +228,24 @@ OMNIQUANT_STEP void spread_scales(const PackedProduct &product, int64_t row, flo
     }
 }
 
-template <class V, int bits, int rows, int count>
-OMNIQUANT_STEP void add_block(const Codes<V, bits> (&codes)[rows], const float *x, int64_t stride,
-                              const Scratch &scratch, int64_t block, Sums<V, rows, count> &totals) {
-    constexpr int units = V::lanes * fields_of(bits) / UNIT;
-    Sums<V, rows, count> sums;
-    add_vector<V, bits, rows, count, 0>(codes, x, stride, sums);
-    for (int r = 0; r < rows; ++r) {
-        const typename V::Float scale = V::template spread<V::lanes / units>(
-            scratch.scales + r * scratch.scales_stride + block * units);
-        for (int i = 0; i < count; ++i) {
-            totals.at[r][i] = V::add_product(totals.at[r][i], sums.at[r][i], scale);
-        }
-    }
-}
-
-// The products of `rows` rows of the weight with `count` rows of x.
-template <class V, int bits, int rows, int count>
-static OMNIQUANT_TARGET void multiply(const PackedProduct &product, const Scratch &scratch,
-                                      int64_t row, int64_t first) {
-    constexpr int64_t lane = fields_of(bits);
-    constexpr int64_t width = V::lanes * lane;
-    constexpr int64_t x_width = V::lanes * Codes<V, bits>::vectors;
-    const PackedWeight &weight = product.weight;
-    const uint32_t *words = weight.words + row * weight.words_per_row;
-    const float *x = product.x.values + first * product.x.stride;
-    const int64_t columns = weight.units * UNIT;
-    const int64_t blocks = columns / width;
-    Sums<V, rows, count> totals;
-    for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < count; ++i) {
-            totals.at[r][i] = V::fill(0.0f);
-        }
-    }
-    Codes<V, bits> codes[rows];
-    for (int64_t block = 0; block < blocks; ++block) {
-        for (int r = 0; r < rows; ++r) {
-            const uint32_t *from = words + r * weight.words_per_row;
-            V::prefetch(from + rows * weight.words_per_row + block * V::lanes);
-            codes[r] = Codes<V, bits>::load(from, weight.units, block);
-        }
-        add_block<V, bits, rows, count>(codes, x + block * x_width, product.x.stride, scratch,
-                                        block, totals);
-    }
-    if (const int64_t rest = columns - blocks * width; rest != 0) {
-        for (int r = 0; r < rows; ++r) {
-            codes[r] = Codes<V, bits>::load_some(words + r * weight.words_per_row, weight.units,
-                                                 blocks, rest / lane);
-        }
-        add_block<V, bits, rows, count>(codes, x + blocks * x_width, product.x.stride, scratch,
-                                        blocks, totals);
-    }
-    const float *sums = product.x.sums + first * product.x.sums_stride;
-    for (int64_t g = 0; g < weight.groups; g += V::lanes) {
-        for (int r = 0; r < rows; ++r) {
-            const typename V::Float zeros = V::load(scratch.zeros + r * scratch.zeros_stride + g);
-            for (int i = 0; i < count; ++i) {
-                totals.at[r][i] = V::subtract_product(
-                    totals.at[r][i], zeros, V::load(sums + i * product.x.sums_stride + g));
-            }
-        }
-    }
-    for (int i = 0; i < count; ++i) {
-        for (int r = 0; r < rows; ++r) {
-            store_element(product.out.values, product.out.type,
-                          (product.out.first + first + i) * product.out.features + row + r,
-                          V::total(totals.at[r][i]));
-        }
-    }
-}
-
-// With all rows of x from `first` on, `count` at a time, the rest by halves of that.
-template <class V, int bits, int rows, int count>
-static OMNIQUANT_TARGET void multiply_all(const PackedProduct &product, const Scratch &scratch,
-                                          int64_t row, int64_t first) {
-    for (; first + count <= product.x.n; first += count) {
-        multiply<V, bits, rows, count>(product, scratch, row, first);
-    }
-    if constexpr (count > 1) {
-        multiply_all<V, bits, rows, count / 2>(product, scratch, row, first);
-    }
-}
-
-template <class V, int bits, int rows>
-static OMNIQUANT_TARGET void multiply_rows(const PackedProduct &product, Scratch scratch,
-                                           int64_t row) {
-    for (int r = 0; r < rows; ++r) {
-        spread_scales<V>(product, row + r, scratch.scales + r * scratch.scales_stride,
-                         scratch.zeros + r * scratch.zeros_stride);
-    }
-    multiply_all<V, bits, rows, V::most>(product, scratch, row, 0);
-}
-
 template <class V, int bits>
-static OMNIQUANT_TARGET void multiply_range(const PackedProduct &product, float *memory,
+static OMNIQUANT_TARGET void multiply_range(const PackedProduct &product, float *scratch,
                                             int64_t begin, int64_t end) {
-    const int64_t scales_stride = whole_lines(product.weight.units) + LINE;
-    const int64_t zeros_stride = whole_lines(product.weight.groups) + LINE;
-    const Scratch scratch = {memory, memory + V::rows * scales_stride, scales_stride, zeros_stride};
-    int64_t row = begin;
-    for (; row + V::rows <= end; row += V::rows) {
-        multiply_rows<V, bits, V::rows>(product, scratch, row);
-    }
-    for (; row < end; ++row) {
-        multiply_rows<V, bits, 1>(product, scratch, row);
+    const PackedWeight &weight = product.weight;
+    for (int64_t first = begin; first < end; first += V::rows) {
+        Rows<V> rows;
+        rows.first = first;
+        rows.count = std::min<int64_t>(end - first, V::rows);
+        for (int r = 0; r < V::rows; ++r) {
+            const int64_t row = first + std::min<int64_t>(r, rows.count - 1);
+            float *const memory = scratch + r * scratch_of_row(weight.units, weight.groups);
+            float *const zeros = memory + whole_lines(weight.units) + LINE;
+            spread_scales<V>(product, row, memory, zeros);
+            rows.words[r] = weight.words + row * weight.words_per_row;
+            rows.scales[r] = memory;
+            rows.zeros[r] = zeros;
+        }
+        multiply_all<V, bits, V::most>(product, rows, 0);
     }
 }
 

@@ -83,6 +83,9 @@ OMNIQUANT_API void omniquant_packed_linear(const void *x, const uint32_t *words,
 OMNIQUANT_API int64_t omniquant_packed_linear_workspace(int64_t n, int64_t in, int64_t group_size,
                                                         int32_t bits, int32_t threads);
 
+/* The n up to which this is faster than to dequantize the weight for an ordinary product. */
+OMNIQUANT_API int64_t omniquant_packed_linear_limit(int32_t bits, int32_t type, int32_t lanes);
+
 /* ---- libomniquant_cuda: device pointers, enqueued on a cudaStream_t, never synchronising.
  * The result is a cudaError_t, 0 for success. The current device is the tensors' device. ---- */
 

@@ -25,7 +25,7 @@ __all__ = ["CpuKernels", "cpu_kernels"]
 
 _HALVES = (torch.float16, torch.bfloat16)
 _PRODUCT_BITS = (2, 3, 4, 8)
-MAX_PRODUCT_ROWS = 64  # from here on it pays to dequantize the weight for torch's product
+MOST_ROWS = 0  # of x in a packed product; 0 for as many as it pays for
 WIDEST_VECTOR = 0  # in floats; 0 for the processor's own
 
 
@@ -55,6 +55,7 @@ class CpuKernels:
         self._packed_linear = _native.declare(library, "omniquant_packed_linear", product)
         sizes = [I64, I64, I64, I32, I32]
         self._workspace = _native.declare(library, "omniquant_packed_linear_workspace", sizes, I64)
+        self._limit = _native.declare(library, "omniquant_packed_linear_limit", [I32] * 3, I64)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         """See `omniquant_pl.ops.fake_quantize`."""
@@ -140,7 +141,7 @@ class CpuKernels:
     ) -> Tensor:
         """See `omniquant_pl.ops.packed_linear`."""
         check_packed_linear(x, words, scale, zero_point, bits, group_size)
-        if not _has_product(x, bits, group_size):
+        if not self._has_product(x, bits, group_size):
             return _default_linear.packed_linear(x, words, scale, zero_point, bits, group_size)
         n, columns = x.shape
         group_size = min(group_size, max(columns, 1))
@@ -155,10 +156,11 @@ class CpuKernels:
         )
         return result
 
-
-def _has_product(x: Tensor, bits: int, group_size: int) -> bool:
-    whole_units = group_size % UNIT == 0 or group_size >= x.shape[1]
-    return bits in _PRODUCT_BITS and whole_units and x.shape[0] <= MAX_PRODUCT_ROWS
+    def _has_product(self, x: Tensor, bits: int, group_size: int) -> bool:
+        whole_units = group_size % UNIT == 0 or group_size >= x.shape[1]
+        if bits not in _PRODUCT_BITS or not whole_units:
+            return False
+        return x.shape[0] <= (MOST_ROWS or self._limit(bits, ELEMENT[x.dtype], WIDEST_VECTOR))
 
 
 def cpu_kernels() -> CpuKernels | None:
