@@ -63,9 +63,9 @@ class CheckpointCallback(CalibrationCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        self._steps += 1
-        # Lightning would take the end of an epoch for done, and leave out what belongs to it.
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        self._steps += not trainer.fit_loop._should_accumulate()
+        # Gradients of half a step are in no checkpoint, and Lightning would take the end of an epoch for done.
+        if trainer.fit_loop._should_accumulate() or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
         if trainer.interruption.is_requested or self._is_due():
             self._save(trainer)
@@ -107,7 +107,7 @@ def _random_state() -> dict[str, Any]:
     return {
         "python": [version, list(numbers), gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -115,5 +115,5 @@ def _set_random_state(state: dict[str, Any]) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -25,7 +25,8 @@ class SaveConfig(SaveConfigCallback, CalibrationCallback):
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
         path = trainer.run_folder.config
-        if trainer.is_global_zero and not (trainer.resumes and path.is_file()):
+        forced = bool(self.config["checkpoint"]["force"])
+        if trainer.is_global_zero and not (trainer.resumes and path.is_file() and not forced):
             config = self.config.clone()
             config["ckpt_path"] = None  # who takes this file does not mean to go on
             write_text(path, self.parser.dump(config, skip_none=False))

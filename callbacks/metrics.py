@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from typing_extensions import override
 
 from omniquant_pl import __version__
@@ -38,7 +41,10 @@ class MetricsCallback(CalibrationCallback):
     @override
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
+        belongs_to = {**trainer.fingerprint, "evaluation": _digest(trainer.evaluation_tokens)}
         known = trainer.run_folder.read_metrics() if trainer.resumes else {}
+        if {**known.get("fingerprint", {}), "evaluation": known.get("evaluation_sha256")} != belongs_to:
+            known = {}
         seconds = known.get("seconds", {})
         self._started = time.perf_counter() - seconds.get("total", 0.0)
         self._calibrated_before = seconds.get("calibration", 0.0)
@@ -52,6 +58,8 @@ class MetricsCallback(CalibrationCallback):
             "bits_per_weight": bits_per_weight(model.quantized_weights.values()),
             "size_bytes": _sizes(model),
             "versions": _versions(),
+            "fingerprint": dict(trainer.fingerprint),
+            "evaluation_sha256": belongs_to["evaluation"],
         }
 
     @override
@@ -107,6 +115,16 @@ def _sizes(model: OmniQuantModel) -> dict[str, int]:
         full += size if name in source.checkpoint else 0  # a rotation gives a tied head a weight of its own
         quantized += -(-stored_bits(*weights[name]) // 8) if name in weights else size
     return {"full_precision": full, "quantized": quantized}
+
+
+def _digest(tokens: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the evaluation sets."""
+    digest = hashlib.sha256()
+    for name in sorted(tokens):
+        digest.update(
+            f"{name} {list(tokens[name].shape)}".encode() + tokens[name].long().contiguous().numpy().tobytes()
+        )
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -107,7 +107,7 @@ class Calibration:
             if not pending:
                 entered = self._pass_finished(entered)
                 targets = self._streams.full_precision
-                restore = self._finished.restore_window(entered)
+                restore = self._finished.restore_window(entered, last, window)
             while entered < last and len(pending) < window.blocks:
                 pending.append(self._enter(entered, targets))
                 restore(pending[-1].block)
@@ -128,7 +128,7 @@ class Calibration:
         finished, last = self._finished, len(self._source)
         end = finished.first_unfinished(index, last, self._model.window)
         needed = min((number for number in range(index, end) if finished.result(number) is None), default=end)
-        if needed < last:
+        if index < needed < last:
             needed = self._restore_streams(index, needed)
         for number in range(index, end):
             result = finished.result(number)

@@ -111,7 +111,7 @@ class OmniQuantCLI(LightningCLI):
         assert isinstance(self.trainer, SequentialTrainer)
         self.trainer.settings = deciding_settings(config)
         if not (config.get("ckpt_path") and config["checkpoint"]["force"]):
-            self.trainer.run_folder.refuse_other_settings(config)
+            self.trainer.run_folder.refuse_other_settings(config, bool(config.get("ckpt_path")))
 
     def before_test(self) -> None:
         """Called by Lightning before the test: measures no run under settings that are not its own.
@@ -238,7 +238,12 @@ def main() -> None:
 
 def _command_to_go_on() -> str:
     """The command line of this process, from the last checkpoint."""
-    arguments = [argument for argument in sys.argv if not argument.startswith("--ckpt_path")]
+    previous = ["", *sys.argv]
+    arguments = [
+        argument
+        for argument, before in zip(sys.argv, previous, strict=False)
+        if not argument.startswith("--ckpt_path") and before != "--ckpt_path"
+    ]
     return shlex.join(["python", *arguments, "--ckpt_path=last"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -37,11 +38,16 @@ class FinishedBlocks:
         self._folder = folder
         self._resumes = resumes
         self._force = force
-        self._known = _results(folder.read_metrics()) if resumes else {}
+        metrics = folder.read_metrics() if resumes else {}
+        self._known = _results(metrics) if force or metrics.get("fingerprint") == self.fingerprint else {}
         self._loaded: tuple[int, dict[str, Tensor], dict[str, Any]] | None = None
 
-    def refuse_other(self, blocks: int) -> None:
+    def refuse_other(self, blocks: int, checkpoint: Path) -> None:
         """Refuses a run that has calibrated something else.
+
+        Args:
+            blocks: Number of blocks.
+            checkpoint: The state inside a block that is to be gone on from.
 
         Raises:
             ConfigurationError: It names what differs.
@@ -52,7 +58,7 @@ class FinishedBlocks:
         first = next((content for content in contents if content is not None), None)
         if first is not None:
             self._refuse_other(first, str(self._folder.blocks))
-        load_latest(self._folder.checkpoint, self._is_ours)
+        load_latest(checkpoint, lambda content: self._is_ours(content, str(checkpoint)))
 
     def _refuse_other(self, content: Mapping[str, Any], origin: str) -> None:
         differing = differing_parts(self.fingerprint, content.get("fingerprint", {}))
@@ -64,8 +70,8 @@ class FinishedBlocks:
             raise ConfigurationError("ckpt_path", f"{message}; {how}")
         _log.warning("%s; it counts all the same, as checkpoint.force says", message)
 
-    def _is_ours(self, checkpoint: Mapping[str, Any]) -> bool:
-        self._refuse_other(checkpoint.get("calibration", {}), str(self._folder.checkpoint))
+    def _is_ours(self, checkpoint: Mapping[str, Any], origin: str) -> bool:
+        self._refuse_other(checkpoint.get("calibration", {}), origin)
         return True
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -128,10 +134,18 @@ class FinishedBlocks:
         }
         GuardedCheckpointIO().save_checkpoint({"calibration": content}, self._folder.window)
 
-    def restore_window(self, first: int) -> Callable[[QuantizedBlock], None]:
+    def _is_window(self, content: Mapping[str, Any], first: int) -> bool:
+        is_ours = not differing_parts(self.fingerprint, content["fingerprint"])
+        return content["first"] == first and (is_ours or self._force)
+
+    def restore_window(self, first: int, blocks: int, window: WindowSpec) -> Callable[[QuantizedBlock], None]:
         """Returns what gives blocks back what they have learned in the window before the one that starts there."""
-        found = load_latest(self._folder.window, lambda content: content["calibration"]["first"] == first)
-        states = [] if found is None or not self._resumes else found[1]["calibration"]["blocks"]
+        if not self._resumes or first == 0 or window.stride == window.blocks:
+            return lambda block: None
+        found = load_latest(self._folder.window, lambda content: self._is_window(content["calibration"], first))
+        states = [] if found is None else found[1]["calibration"]["blocks"]
+        if not states and first < blocks:
+            _log.warning("what blocks from %d on had learned with those before is lost; they start again", first)
 
         def restore(block: QuantizedBlock) -> None:
             position = block.index - first

@@ -16,8 +16,8 @@ _ENDING = ("SIGINT", "SIGTERM")
 _REQUEUE = "SIGUSR1"
 
 
-class Interrupted(Exception):  # noqa: N818 (no error: somebody asked for it)
-    """The calibration ends because of a signal; everything is kept.
+class Interrupted(BaseException):
+    """The calibration ends because of a signal; everything is kept. No handler of errors gets it.
 
     Args:
         signal_number: The signal.
@@ -50,6 +50,7 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._received = None
         names = [*_ENDING, *([_REQUEUE] if _job_id() is not None else [])]
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         previous = {number: signal.signal(number, self._note) for number in numbers}
@@ -81,7 +82,8 @@ class Interruption:
         del frame
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = number
+        if self._received is None:  # SLURM sends another one when time is up
+            self._received = number
         if not self._deferred:
             self.obey()
 

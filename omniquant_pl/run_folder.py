@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,8 @@ __all__ = ["VARIANTS", "RunFolder", "deciding_settings"]
 
 _log = logging.getLogger(__name__)
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 VARIANTS = ("full_precision", "round_to_nearest", "quantized")
 """The models whose perplexities ``metrics.json`` holds."""
 
@@ -34,6 +37,8 @@ _DECIDING_TRAINER_KEYS = (
     "accumulate_grad_batches",
     "gradient_clip_val",
     "gradient_clip_algorithm",
+    "overfit_batches",
+    "min_epochs",
 )
 
 
@@ -65,22 +70,37 @@ class RunFolder:
         with (self.path / ".lock").open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    _log.warning("%s is on a file system without locks; keep other processes out of it", self.path)
+                    yield
+                    return
+                if not isinstance(error, BlockingIOError):
+                    raise
                 message = f"another process is calibrating in {self.path}; choose another folder, or wait for it"
                 raise ConfigurationError("trainer.default_root_dir", message) from error
+            self._remove_parts()
             yield
+
+    def _remove_parts(self) -> None:
+        """Deletes what a process that was killed had begun to write."""
+        for folder in (self.path, self.blocks, self.streams):
+            for path in folder.glob(".*.part"):
+                path.unlink()
 
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
-        left = (self.blocks, self.model, self.metrics, self.streams, *self._checkpoints())
+        shutil.rmtree(self.streams, ignore_errors=True)
+        left = (self.blocks, self.model, self.metrics, *self._checkpoints())
         found = [path for path in left if path.exists()]
         if not found:
             return
-        previous = self.path / "previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
+        previous, moving = self.path / "previous", self.path / "previous.part"
+        moving.mkdir(exist_ok=True)
         for path in found:
-            path.rename(previous / path.name)
+            path.rename(moving / path.name)
+        shutil.rmtree(previous, ignore_errors=True)
+        moving.rename(previous)
 
     def keep_log(self) -> None:
         """Gives the log of an interrupted run another name: the logger of the next one deletes what it finds."""
@@ -97,16 +117,17 @@ class RunFolder:
         for path in self._checkpoints():
             path.unlink(missing_ok=True)
 
-    def refuse_other_settings(self, config: Mapping[str, Any]) -> None:
+    def refuse_other_settings(self, config: Mapping[str, Any], resumes: bool = False) -> None:
         """Protects what a run with other settings has left here, and does not take it for these settings' own.
 
         Args:
             config: The resolved configuration of the run that is about to start, or to be measured.
+            resumes: Whether what is here is to be gone on with, be it finished blocks or not.
 
         Raises:
             ConfigurationError: If factors are here that other settings have led to; it names those that differ.
         """
-        if not (self.config.is_file() and any(self.blocks.glob("*.safetensors"))):
+        if not (self.config.is_file() and (resumes or any(self.blocks.glob("*.safetensors")))):
             return
         saved = self.read_config()
         differing = [key for key in _deciding_keys(config) if _value(saved, key) != _value(config, key)]

@@ -134,7 +134,7 @@ class BatchOrder:
 
     def start_block(self, epoch: int) -> None:
         """Counts epochs from here on: Lightning counts them over all blocks."""
-        self._first_epoch = epoch
+        self._first_epoch, self.epoch = epoch, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""

@@ -39,7 +39,6 @@ class KeptStreams:
         """Keeps the streams in front of a block, in the place of those that were kept before."""
         if self._storage.place != "disk" or streams.are_equal:
             return
-        previous = self._read_index()
         files = {}
         for name in _NAMES:
             stream: Stream = getattr(streams, name)
@@ -54,8 +53,10 @@ class KeptStreams:
             "files": files,
         }
         write_json(self._index, {"content": content, "crc32": _checksum_of(content)})
-        for entry in previous.get("files", {}).values():
-            (self._folder / entry["file"]).unlink(missing_ok=True)
+        kept = {entry["file"] for entry in files.values()}
+        for path in self._folder.glob("*.bin"):
+            if path.name not in kept:
+                path.unlink()
 
     def restore(self, last: int) -> tuple[int, Streams] | None:
         """Returns the streams that are kept and in front of which block, at most one; ``None`` if there are none."""

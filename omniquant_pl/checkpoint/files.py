@@ -24,7 +24,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write: Writes the content to the path that it is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     temporary = Path(name)
     try:
         os.close(descriptor)

@@ -42,10 +42,12 @@ class GuardedCheckpointIO(TorchCheckpointIO):
             digest = _digest(temporary, temporary.stat().st_size)
             with temporary.open("ab") as file:
                 file.write(_MARK + digest)
-            if path.exists():
-                path.replace(previous_of(path))
 
-        replace_file(path, write)
+        fresh = path.with_name(f".{path.name}.part")
+        replace_file(fresh, write)
+        if path.is_file() and _is_whole(path):
+            path.replace(previous_of(path))
+        fresh.replace(path)
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -55,11 +57,7 @@ class GuardedCheckpointIO(TorchCheckpointIO):
             DamagedFileError: If its bytes are not those that were written.
         """
         path = Path(path)
-        size = path.stat().st_size - _TRAILER_BYTES
-        with path.open("rb") as file:
-            file.seek(max(0, size))
-            trailer = file.read()
-        if size <= 0 or trailer != _MARK + _digest(path, size):
+        if not _is_whole(path):
             raise DamagedFileError(f"{path} is damaged: its checksum does not hold")
         loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return loaded
@@ -97,6 +95,16 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
         if shutil.disk_usage(path.parent).free < 1 << 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint's checksum holds."""
+    size = path.stat().st_size - _TRAILER_BYTES
+    if size <= 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(size)
+        return file.read() == _MARK + _digest(path, size)
 
 
 def _digest(path: Path, size: int) -> bytes:
