@@ -85,6 +85,8 @@ def test_keys(run: Run) -> None:
         "bits_per_weight",
         "size_bytes",
         "versions",
+        "fingerprint",
+        "evaluation_sha256",
         "checksum",
     }
     assert set(metrics["perplexity"]) == {"evaluation"}  # the file's stem
