@@ -3,6 +3,6 @@
 from omniquant_pl.nn.attention import ATTENTION, AttentionInputs
 from omniquant_pl.nn.experts import UnfusedExperts
 from omniquant_pl.nn.linear import QuantLinear
-from omniquant_pl.nn.prepare import prepare_block
+from omniquant_pl.nn.prepare import prepare_block, quantize_attention
 
-__all__ = ["ATTENTION", "AttentionInputs", "QuantLinear", "UnfusedExperts", "prepare_block"]
+__all__ = ["ATTENTION", "AttentionInputs", "QuantLinear", "UnfusedExperts", "prepare_block", "quantize_attention"]

@@ -9,7 +9,7 @@ from omniquant_pl.nn.interception import intercept_attention
 from omniquant_pl.nn.linear import QuantLinear
 from omniquant_pl.spec import ActivationSpec
 
-__all__ = ["prepare_block"]
+__all__ = ["prepare_block", "quantize_attention"]
 
 
 def _freeze(module: nn.Module) -> None:
@@ -46,9 +46,19 @@ def prepare_block(
         block.set_submodule(name, QuantLinear.of(linear, activations))
     _freeze(block)
     if activations is not None:
-        module, inputs = block.get_submodule(attention), AttentionInputs(activations)
-        if _asks_for_our_attention(module):
-            module.add_module("attention_inputs", inputs)
-        else:
-            intercept_attention(module, inputs)
+        quantize_attention(block.get_submodule(attention), activations)
     return block.eval()
+
+
+def quantize_attention(attention: nn.Module, activations: ActivationSpec) -> None:
+    """Makes an attention module quantize q, k and v, in place.
+
+    Args:
+        attention: The module; its model was built with :data:`ATTENTION`, or it calls torch's attention itself.
+        activations: Width and symmetry.
+    """
+    inputs = AttentionInputs(activations)
+    if _asks_for_our_attention(attention):
+        attention.add_module("attention_inputs", inputs)
+    else:
+        intercept_attention(attention, inputs)

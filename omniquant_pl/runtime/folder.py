@@ -78,9 +78,11 @@ class PackedFolder:
             where = f"{self._checkpoint.path_of(name)}: {name}"
             if found.shape != slot.shape:
                 raise ConfigurationError(_KEY, f"{where} has shape {found.shape}, not {slot.shape}")
-            if found.dtype != _DTYPES[slot.dtype] if slot.dtype is not None else not found.is_float:
-                expected = "a float of 16 bit or more" if slot.dtype is None else _DTYPES[slot.dtype]
-                raise ConfigurationError(_KEY, f"{where} is stored as {found.dtype}, not as {expected}")
+            if slot.dtype is None and not found.is_float:
+                raise ConfigurationError(_KEY, f"{where} is stored as {found.dtype}, not as a float of 16 bit or more")
+            if slot.dtype is not None and found.dtype != _DTYPES[slot.dtype]:
+                message = f"{where} is stored as {found.dtype}, not as {_DTYPES[slot.dtype]}"
+                raise ConfigurationError(_KEY, message)
 
     def fill(self, slots: Mapping[str, Slot]) -> None:
         """Reads tensors, a few at a time, to where they go.

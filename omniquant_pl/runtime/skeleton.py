@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from omniquant_pl.arch import BlockLayout, family_of
 from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
-from omniquant_pl.nn import prepare_block
+from omniquant_pl.nn import quantize_attention
 from omniquant_pl.runtime.codec import PACKED, SCALE, ZERO_POINT, planes_of, stored_tensors, zero_points_of
 from omniquant_pl.runtime.linear import PackedLinear
 from omniquant_pl.spec import Scheme, WeightSpec
@@ -66,12 +66,13 @@ class PackedSkeleton:
         whole = _transformers_config(config)
         self._family = family_of(whole)
         self._model = build_without_weights(whole, self._family, trust_remote_code=False)
-        self._blocks = cast(nn.ModuleList, self._model.get_submodule(self._family.blocks))
-        text = whole.get_text_config()
-        self._layouts = [self._family.block(text, index) for index in range(len(self._blocks))]
-        for block, layout in zip(self._blocks, self._layouts, strict=True):
+        blocks, text = self._model.get_submodule(self._family.blocks), whole.get_text_config()
+        for index, block in enumerate(cast(nn.ModuleList, blocks)):
+            layout = self._family.block(text, index)
             unfuse_experts(block, layout)
             self._swap_linears(block, layout)
+            if scheme.activations is not None:
+                quantize_attention(block.get_submodule(layout.attention), scheme.activations)
         self._tied = set(self._model.all_tied_weights_keys) if whole.tie_word_embeddings else set()
         self.slots = dict(self._slots())
         self._refuse_others()
@@ -143,12 +144,10 @@ class PackedSkeleton:
 
     def finish(self) -> PreTrainedModel:
         """Returns the model, when every slot has got its tensor."""
-        for block, layout in zip(self._blocks, self._layouts, strict=True):
-            prepare_block(block, (), layout.attention, self._scheme.activations)
         if self._tied:
             self._model.tie_weights()
         nn.Module.to(self._model, self._device)
-        return self._model
+        return self._model.eval()
 
 
 def _transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
