@@ -122,7 +122,7 @@ def test_folder_holds_the_calibrated_model(
     keep = KeepBlocks()
     folder = make_llama(intermediate_size=64, num_key_value_heads=2, attention_bias=True)
     model = OmniQuantModel(str(folder), weights, activations, transform=TransformSpec())
-    trainer = fit(model, [keep], max_epochs=1)
+    trainer = fit(model, [keep], max_epochs=0)
     open_format("compressed-tensors", model, shard_bytes=8_000).write(model, trainer.run_folder, tmp_path / "out")
     tensors = written(tmp_path / "out")
     for index, block in enumerate(keep.blocks):
