@@ -37,7 +37,7 @@ def loss_in_parts(
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [_sum(one, other) for one, other in zip(gradients, found, strict=True)]
         total += loss.detach()
-    loss_with_gradients: Tensor = _Computed.apply(total, gradients, *parameters)
+    loss_with_gradients: Tensor = _Computed.apply(total, gradients, *parameters)  # type: ignore[no-untyped-call]
     return loss_with_gradients
 
 
@@ -56,6 +56,6 @@ class _Computed(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Any:
         scaled = [None if known is None else known * gradient for known in context.gradients]
         return (None, None, *scaled)

@@ -115,12 +115,12 @@ def _weights(model: OmniQuantModel, kind: LinearKind) -> dict[str, Any]:
 def _inputs(activations: ActivationSpec, kind: LinearKind) -> dict[str, Any]:
     if kind.row_width is not None:  # of [tokens, in], "token" would take one range for all
         return _per_slice(activations, kind.row_width)
-    return _activations(activations) | {"strategy": "token"}
+    return {**_activations(activations), "strategy": "token"}
 
 
 def _per_slice(activations: ActivationSpec, width: int) -> dict[str, Any]:
     """Returns what takes a range for each slice of the last axis, however many axes there are."""
-    return _activations(activations) | {"strategy": "group", "group_size": width}
+    return {**_activations(activations), "strategy": "group", "group_size": width}
 
 
 def _activations(activations: ActivationSpec) -> Mapping[str, Any]:
