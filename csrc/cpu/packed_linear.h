@@ -1,9 +1,9 @@
-// What the kernels of the packed product share: its operands, and where x stands.
+// What the kernels of the packed product share: its operands, and the order of x.
 //
 // A vector of words holds many codes a lane. Kernels take a code of every lane at a time, so x is
-// stood once a call in the order in which they come: lane j holds as many columns as codes, those
-// from j * fields on, and one field of all lanes meets one vector of x. Kernels of pairs take two
-// codes a lane, of its lower and its upper half, which meet a vector of twice as many bfloat16.
+// arranged once a call in the order in which they come: lane j holds as many columns as codes,
+// those from j * fields on, and one field of all lanes meets one vector of x. Kernels of pairs take
+// two codes a lane, of its lower and its upper half, which meet a vector of twice as many bfloat16.
 //
 // sum((code - zero) * scale * x) = sum over groups of scale * (sum(code * x) - zero * sum(x)).
 #ifndef OMNIQUANT_PACKED_LINEAR_H
@@ -65,7 +65,7 @@ struct PackedWeight {
     int32_t scale_type;
 };
 
-struct StoodRows {
+struct ArrangedRows {
     const float
         *values;        // [n, stride], zero where no column is; pairs of bfloat16 for such kernels
     const float *sums;  // [n, sums_stride], of each group
@@ -83,7 +83,7 @@ struct Output {
 
 struct PackedProduct {
     PackedWeight weight;
-    StoodRows x;
+    ArrangedRows x;
     Output out;
     const int32_t *group_of_unit;  // within the groups from that of the vector's first unit on
 };

@@ -175,7 +175,7 @@ static OMNIQUANT_TARGET void multiply(const PackedProduct &product, const Rows<V
             totals.at[r][i] = V::fill(0.0f);
         }
     }
-    const StoodRows &x = product.x;
+    const ArrangedRows &x = product.x;
     add_blocks<V, bits, count>(product, rows, x.values + first * x.stride, totals);
     subtract_zeros<V, count>(product, rows, x.sums + first * x.sums_stride, totals);
     const Output &out = product.out;

@@ -157,6 +157,9 @@ Pool &the_pool() {
 }  // namespace
 
 void parallel_for(int64_t count, int64_t piece, int32_t threads, Task task, const void *context) {
+    if (count <= 0) {
+        return;
+    }
     const int64_t pieces = (count + piece - 1) / piece;
     threads = static_cast<int32_t>(std::min<int64_t>(threads, pieces));
     if (threads > 1) {
@@ -165,9 +168,7 @@ void parallel_for(int64_t count, int64_t piece, int32_t threads, Task task, cons
             return;
         }
     }
-    if (count > 0) {
-        task(context, 0, 0, count);
-    }
+    task(context, 0, 0, count);
 }
 
 }  // namespace omniquant
