@@ -307,7 +307,7 @@ class SequentialTrainer(Trainer):
             format: hf: a plain transformers folder with dequantized weights; packed: codes as
                 ``generate`` computes with them, any scheme; gptq: what transformers loads with gptqmodel;
                 compressed-tensors: what it loads with that package, activations as well;
-                gguf: a file that llama.cpp loads.
+                gguf: a file that llama.cpp loads; mlc: weights for MLC-LLM.
             output: The folder to create or replace; null: named after the format, in the run folder.
             dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
             shard_bytes: Largest size of one file.

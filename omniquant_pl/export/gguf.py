@@ -52,7 +52,7 @@ class GgufExport(Export):
     """
 
     name = "gguf"
-    clients = (Client("llama.cpp", ("llama_cpp",), llama_cpp_logits, tolerance=5e-2),)
+    clients = (Client("llama.cpp", ("llama_cpp",), llama_cpp_logits, tolerance=1e-1),)
 
     @override
     def refusal(self, model: OmniQuantModel) -> str | None:

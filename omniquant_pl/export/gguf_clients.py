@@ -48,4 +48,3 @@ def llama_cpp_logits(folder: Path, tokens: Tensor) -> Tensor:
         model.eval(row)
         logits.append(torch.tensor(model.scores[:length]))
     return torch.stack(logits)
-

