@@ -147,7 +147,8 @@ class PackedSkeleton:
         if self._tied:
             self._model.tie_weights()
         nn.Module.to(self._model, self._device)
-        return self._model.eval()
+        self._model.eval()
+        return self._model
 
 
 def _transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
