@@ -20,8 +20,9 @@ install: $(INSTALLED)  ## .venv with the tested versions and this tree, editable
 fit: $(INSTALLED)  ## calibrate, fold and export the built-in model
 	$(BIN)/python train.py fit --config w4a4.yaml
 
+# A process for each core: tensors are tiny here, threads would only wait for each other.
 test: $(INSTALLED)  ## all tests; ARGS="-m 'not slow'" leaves the slow ones out
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-clients: $(INSTALLED) $(CLIENTS)/.installed  ## exports, loaded by the programs they are meant for
 	OMNIQUANT_CLIENTS=$(abspath $(CLIENTS)/bin/python) $(BIN)/python -m pytest -m clients $(ARGS)
