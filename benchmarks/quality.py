@@ -8,8 +8,9 @@ Every row of ``results.json`` in the reference folder is quantized from the same
 groups. ``paper`` has the settings written in that file, which the original ran with; ``best`` is
 ``configs/best/<scheme>.yaml``; the others are baselines, without a training epoch. Figures of other tools are those of
 ``benchmarks/peers.py`` where it has run, otherwise of the reference folder. ``--windows`` calibrates on other windows,
-random ones by seed, of the same token stream: settings that suit only the given windows would show. Runs are kept and
-not repeated; the tables go to ``benchmarks/quality.md``, of whatever has been run.
+random ones by seed, of the same token stream: settings that suit only the given windows would show. Finished runs are
+not repeated. What was measured is kept in ``benchmarks/quality.json``, where a new run replaces an old one of its name;
+the tables of ``benchmarks/quality.md`` are made from that file.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ RTN, SmoothQuant, AWQ and GPTQ are this project's, without an epoch. The models 
 lead below 0.5 % may be luck.
 """
 PAGE = ROOT / "benchmarks" / "quality.md"
+KEPT = ROOT / "benchmarks" / "quality.json"
 
 Settings = dict[str, Any]
 Row = dict[str, Any]
+Results = dict[str, dict[str, Any]]
+"""Perplexities and seconds of runs by their folder below ``--runs``, for example ``paper/llama-w3a16``."""
 
 
 def paper(row: Row) -> Settings:
@@ -190,16 +194,28 @@ def result(folder: Path) -> dict[str, float] | None:
     return {**perplexity, "seconds": metrics["seconds"]["calibration"]}
 
 
-def peers_of(reference: Path, runs: Path) -> dict[tuple[str, str], float]:
+def keep(runs: Path) -> tuple[Results, list[Row]]:
+    """Adds what has been run to what is kept, and returns all results and those of other tools."""
+    kept = json.loads(KEPT.read_text())
+    folders = {path.parent.relative_to(runs).as_posix(): path.parent for path in runs.rglob("metrics.json")}
+    new = {name: found for name, folder in folders.items() if (found := result(folder)) is not None}
+    peers = runs / "peers" / "peers.json"
+    if peers.is_file():
+        entries = [*kept["peers"], *json.loads(peers.read_text())]
+        kept["peers"] = list({(entry["name"], entry["peer"]): entry for entry in entries}.values())
+    kept["runs"] = dict(sorted({**kept["runs"], **new}.items()))
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    return kept["runs"], kept["peers"]
+
+
+def peers_of(reference: Path, own: list[Row]) -> dict[tuple[str, str], float]:
     """Perplexities of other tools by row and tool."""
-    found: dict[tuple[str, str], float] = {}
-    own = runs / "peers" / "peers.json"
-    entries = json.loads((reference / "results.json").read_text())["peers"]
-    entries += json.loads(own.read_text()) if own.is_file() else []
-    for entry in entries:
-        if entry.get("perplexity") is not None:
-            found[entry["name"], _tool(entry["peer"])] = entry["perplexity"]
-    return found
+    entries = [*json.loads((reference / "results.json").read_text())["peers"], *own]
+    return {
+        (entry["name"], _tool(entry["peer"])): entry["perplexity"]
+        for entry in entries
+        if entry.get("perplexity") is not None
+    }
 
 
 def _tool(peer: str) -> str:
@@ -208,14 +224,13 @@ def _tool(peer: str) -> str:
     return " ".join(word for word in words if not word[0].isdigit())
 
 
-def quality_table(rows: list[Row], reference: Path, runs: Path) -> list[str]:
+def quality_table(rows: list[Row], peers: dict[tuple[str, str], float], results: Results) -> list[str]:
     """Lines of the table of all methods."""
-    peers = peers_of(reference, runs)
     tools = sorted({tool for _, tool in peers})
     head = ["model, scheme", "full precision", "RTN", "SmoothQuant", "AWQ", "GPTQ", *tools, "original", "paper", "best"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        own = {method: result(runs / method / row["name"]) for method in METHODS}
+        own = {method: results.get(f"{method}/{row['name']}") for method in METHODS}
         any_run = next((found for found in own.values() if found is not None), None)
         if any_run is None:
             continue
@@ -228,11 +243,11 @@ def quality_table(rows: list[Row], reference: Path, runs: Path) -> list[str]:
     return lines
 
 
-def seconds_table(rows: list[Row], runs: Path) -> list[str]:
+def seconds_table(rows: list[Row], results: Results) -> list[str]:
     """Lines of the table of calibration times."""
     lines = ["| model, scheme | original | paper | best |", "|---|---|---|---|"]
     for row in rows:
-        own = [result(runs / method / row["name"]) for method in ("paper", "best")]
+        own = [results.get(f"{method}/{row['name']}") for method in ("paper", "best")]
         if any(own):
             cells = [row["seconds"], *(None if found is None else found["seconds"] for found in own)]
             lines.append(f"| {row['name']} | " + " | ".join("" if c is None else f"{c:.0f}" for c in cells) + " |")
@@ -245,43 +260,44 @@ def ablations(row: Row) -> dict[str, tuple[Settings, bool]]:
     return alone | {f"best without {name}": (settings, True) for name, settings in WITHOUT.items()}
 
 
-def windows_table(rows: list[Row], runs: Path) -> list[str]:
+def windows_table(rows: list[Row], results: Results) -> list[str]:
     """Lines of the table of other calibration windows."""
     lines = ["| model, scheme, seed of the windows | original, given windows | paper | best |", "|---|---|---|---|"]
     for row in rows:
-        for folder in sorted((runs / "best").glob(f"{row['name']}@*")):
-            own = [result(runs / method / folder.name) for method in ("paper", "best")]
+        seeds = [name.partition("@")[2] for name in results if name.startswith(f"best/{row['name']}@")]
+        for seed in seeds:
+            own = [results.get(f"{method}/{row['name']}@{seed}") for method in ("paper", "best")]
             cells = [row["perplexity"], *(None if found is None else found["quantized"] for found in own)]
-            lines.append(f"| {row['name']}, {folder.name.partition('@')[2]} | " + " | ".join(map(_shown, cells)) + " |")
+            lines.append(f"| {row['name']}, {seed} | " + " | ".join(map(_shown, cells)) + " |")
     return lines
 
 
-def ablation_table(row: Row, runs: Path) -> list[str]:
+def ablation_table(row: Row, results: Results) -> list[str]:
     """Lines of the table of one row's ablation."""
     lines = [f"| {row['name']} | perplexity | s |", "|---|---|---|"]
-    names = {"paper": runs / "paper" / row["name"], "best": runs / "best" / row["name"]}
-    names |= {name: _ablation_folder(runs, row, name) for name in ablations(row)}
-    for name, folder in names.items():
-        found = result(folder)
+    names = {method: f"{method}/{row['name']}" for method in ("paper", "best")}
+    names |= {name: _ablation_run(row, name) for name in ablations(row)}
+    for name, run in names.items():
+        found = results.get(run)
         if found is not None:
             label = f"paper + {name}" if name in OPTIONS else name
             lines.append(f"| {label} | {found['quantized']:.2f} | {found['seconds']:.0f} |")
     return lines
 
 
-def _ablation_folder(runs: Path, row: Row, name: str) -> Path:
-    return runs / "ablation" / row["name"] / re.sub(r"\W+", "-", name)
+def _ablation_run(row: Row, name: str) -> str:
+    return f"ablation/{row['name']}/" + re.sub(r"\W+", "-", name)
 
 
-def page(rows: list[Row], reference: Path, runs: Path) -> str:
-    """The text of ``quality.md``, of what has been run."""
-    tables = [ablation_table(row, runs) for row in rows if row["name"] in ABLATED]
-    windows = windows_table(rows, runs)
+def page(rows: list[Row], peers: dict[tuple[str, str], float], results: Results) -> str:
+    """The text of ``quality.md``."""
+    tables = [ablation_table(row, results) for row in rows if row["name"] in ABLATED]
+    windows = windows_table(rows, results)
     parts = [
         HEAD,
-        "\n".join(quality_table(rows, reference, runs)),
+        "\n".join(quality_table(rows, peers, results)),
         "## Time\n\nSeconds of calibration, one thread of a shared machine: good for an order of magnitude only.",
-        "\n".join(seconds_table(rows, runs)),
+        "\n".join(seconds_table(rows, results)),
         *(("## Other calibration windows", "\n".join(windows)) if len(windows) > 2 else ()),
         "## Ablation\n\n    python benchmarks/quality.py --reference FOLDER --ablation",
         *("\n".join(table) for table in tables if len(table) > 4),
@@ -328,9 +344,10 @@ def main() -> None:
         for name, (settings, is_best) in ablations(row).items() if row["name"] in ABLATED else ():
             if options.options is not None and name not in options.options:
                 continue
-            folder = _ablation_folder(options.runs, row, name)
+            folder = options.runs / _ablation_run(row, name)
             measure(row, settings, reference, folder, _best_config(row) if is_best else None)
-    PAGE.write_text(page(rows, reference, options.runs))
+    results, peers = keep(options.runs)
+    PAGE.write_text(page(rows, peers_of(reference, peers), results))
 
 
 if __name__ == "__main__":
