@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.parts import loss_in_parts
 from omniquant_pl.quantized_block import QuantizedBlock
@@ -158,10 +159,7 @@ class BlockModule(LightningModule):
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         if self._head is None:
             return F.mse_loss(output, target)
-        with torch.no_grad():
-            expected = F.log_softmax(self._head(target).float(), dim=-1).flatten(0, 1)
-        found = F.log_softmax(self._head(output).float(), dim=-1).flatten(0, 1)
-        return F.kl_div(found, expected, reduction="batchmean", log_target=True)
+        return mean_divergence(self._head, output, target)
 
     @override
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:

@@ -1,0 +1,43 @@
+"""The divergence of predictions, against torch.distributions in float64 and over all tokens at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
+
+from omniquant_pl.divergence import mean_divergence
+
+HEAD = nn.Linear(8, 11, bias=False, dtype=torch.float64)
+
+
+@pytest.fixture
+def states() -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 3, 10, 8, generator=random, dtype=torch.float64)
+    return output.requires_grad_(), target
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 10, 29, 30, 1024])
+def test_stretches_give_the_divergence_and_gradient_of_all_tokens(states: tuple[Tensor, Tensor], at_once: int) -> None:
+    output, target = states
+    expected = kl_divergence(Categorical(logits=HEAD(target)), Categorical(logits=HEAD(output))).mean()
+    (gradient,) = torch.autograd.grad(expected, output)
+    found = mean_divergence(HEAD, output, target, at_once)
+    assert torch.allclose(found.double(), expected, rtol=1e-5)
+    assert torch.allclose(torch.autograd.grad(found, output)[0], gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_logits_of_a_stretch_are_all_that_is_held(states: tuple[Tensor, Tensor]) -> None:
+    """No saved tensor is as large as the logits of all tokens."""
+    output, target = states
+    sizes: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        mean_divergence(HEAD, output, target, at_once=5)
+    assert max(sizes, default=0) < 30 * 11
