@@ -65,7 +65,25 @@ class _Parser(LightningArgumentParser):
 
 
 class OmniQuantCLI(LightningCLI):
-    """LightningCLI with the subcommands that this project has."""
+    """LightningCLI with the subcommands that this project has.
+
+    Args:
+        arguments: As :class:`LightningCLI`.
+        args: What follows the program's name; ``None`` takes the process's own.
+        options: As :class:`LightningCLI`.
+    """
+
+    def __init__(self, *arguments: Any, args: ArgsType = None, **options: Any) -> None:
+        words = args if isinstance(args, list) else sys.argv[1:]
+        self._named = [name for name in self.subcommands() if name in words] or list(self.subcommands())
+        super().__init__(*arguments, args=args, **options)
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
+        # Reading every signature and docstring takes most of a second for each subcommand.
+        if subcommand not in self._named:
+            return self.init_parser(**options)
+        return super()._prepare_subcommand_parser(klass, subcommand, **options)
 
     @staticmethod
     @override
