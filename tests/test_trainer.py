@@ -348,7 +348,7 @@ class TestRefused:
 
 
 class TestPrivateNames:
-    """What the trainer takes from Lightning's inside; when these fail, read trainer.py again."""
+    """What the trainer takes from Lightning's inside; when these fail, read trainer/sequential.py again."""
 
     def test_release(self) -> None:
         assert lightning.__version__.startswith("2.6.")

@@ -1,0 +1,74 @@
+"""The command ``export``: a finished run in another program's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from omniquant_pl.data import CalibrationData
+from omniquant_pl.export import (
+    FormatName,
+    StorageDtype,
+    Verification,
+    open_format,
+    refuse_differing,
+    verification_table,
+)
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.trainer.run import RunTrainer, bind
+
+__all__ = ["export_run"]
+
+
+def export_run(
+    trainer: RunTrainer,
+    model: OmniQuantModel,
+    datamodule: CalibrationData,
+    format: FormatName = "hf",  # noqa: A002 (the flag)
+    output: str | None = None,
+    dtype: StorageDtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+    verify: bool = False,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
+) -> Path:
+    """Write a finished run in a format that other programs load.
+
+    Args:
+        trainer: Whose run it is.
+        model: The run's model settings.
+        datamodule: What to verify with: the first evaluation set.
+        format: hf: a plain transformers folder with dequantized weights; packed: codes as
+            ``generate`` computes with them, any scheme; gptq: what transformers loads with gptqmodel;
+            compressed-tensors: what it loads with that package, activations as well;
+            gguf: a file that llama.cpp loads; mlc: weights for MLC-LLM.
+        output: The folder to create or replace; null: named after the format, in the run folder.
+        dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
+        shard_bytes: Largest size of one file.
+        verify: Load the result with the programs it is meant for, those that are installed, and compare its logits
+            with the calibrated model's.
+        ckpt_path: Not used; a run's configuration may carry it.
+        weights_only: Likewise.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigurationError: If the run is not finished, or the format cannot hold it exactly.
+        CalibrationError: If a program computes other logits; the folder stays.
+    """
+    del ckpt_path, weights_only
+    export = open_format(format, model, dtype, shard_bytes)
+    verification = Verification(export) if verify else None
+    folder = trainer.run_folder.model if format == "hf" else trainer.run_folder.path / format
+    folder = folder if output is None else Path(output)
+    export.write(model, trainer.run_folder, folder)
+    Console().print(f"{format}: {folder}", soft_wrap=True)
+    if verification is not None:
+        bind(datamodule, model)
+        tokens = next(iter(datamodule.evaluation_tokens().values()))
+        results = verification.run(model, trainer.run_folder, folder, tokens[:1])
+        Console().print(verification_table(results))
+        refuse_differing(results)
+    return folder

@@ -1,0 +1,105 @@
+"""A Lightning trainer that works on a run: its folder, its data, the callbacks that hear of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import Tensor
+
+from omniquant_pl.checkpoint.guarded import GuardedCheckpointIO
+from omniquant_pl.data import CalibrationData, TextSettings
+from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.evaluate import Evaluation
+from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.trainer.refusals import refuse_options, refuse_trainer
+
+__all__ = ["RunTrainer", "bind", "seed"]
+
+
+class RunTrainer(Trainer):
+    """What every command on a run needs.
+
+    Args:
+        logger: Loggers of the loss; ``None`` or true writes ``logs/metrics.csv`` in the run folder.
+        max_epochs: Epochs per block; 0 folds the initial factors.
+        options: As :class:`lightning.pytorch.Trainer`.
+
+    Raises:
+        ConfigurationError: If a setting cannot work; it names the setting.
+    """
+
+    def __init__(
+        self,
+        *,
+        logger: Logger | list[Logger] | bool | None = None,
+        max_epochs: int = 20,
+        **options: Any,
+    ) -> None:
+        root = Path(options.get("default_root_dir") or "runs/default")
+        options["default_root_dir"] = str(root)
+        options["plugins"] = [*_listed(options.get("plugins")), GuardedCheckpointIO()]
+        if logger is None or logger is True:
+            logger = CSVLogger(root, name="logs", version="")
+        refuse_options(max_epochs, root, options)
+        try:
+            super().__init__(logger=logger, max_epochs=max_epochs, **options)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigurationError("trainer", str(error)) from error
+        refuse_trainer(self)
+        self.run_folder = RunFolder(root)
+        self.evaluation_tokens: dict[str, Tensor] = {}
+
+    def prepare(self, model: OmniQuantModel, data: CalibrationData) -> Tensor:
+        """Opens model and data and refuses what cannot work, before any work.
+
+        Returns:
+            Calibration token ids ``[samples, tokens]``.
+
+        Raises:
+            ConfigurationError: If model or data cannot be used; it names the setting.
+        """
+        model.verify()
+        bind(data, model)
+        self.evaluation_tokens = data.evaluation_tokens()
+        return data.calibration_tokens()
+
+    def evaluation(self, model: OmniQuantModel) -> Evaluation:
+        """Returns what measures the perplexities of the run; :meth:`prepare` comes first."""
+        device, context = self.strategy.root_device, self.precision_plugin.forward_context
+        return Evaluation(model, self.run_folder, self.evaluation_tokens, device, context)
+
+    def announce(self, hook: str, *arguments: Any) -> None:
+        """Calls a hook of :class:`CalibrationCallback` on every callback that has it: in order, an end in reverse."""
+        callbacks = self.calibration_callbacks
+        for callback in reversed(callbacks) if hook.endswith("_end") else callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    @property
+    def calibration_callbacks(self) -> list[CalibrationCallback]:
+        """The callbacks that hear of more than Lightning's hooks."""
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, CalibrationCallback)]
+
+
+def _listed(plugins: Any) -> list[Any]:
+    if plugins is None:
+        return []
+    return list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+
+
+def bind(data: CalibrationData, model: OmniQuantModel) -> None:
+    """Tells the data for which model they are."""
+    source = model.source
+    data.bind(TextSettings(source.tokenizer, source.positions, int(source.config.vocab_size), seed()))
+
+
+def seed() -> int:
+    """The seed that Lightning was given, or the published one."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "2"))
