@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["peak_memory", "return_free_memory"]
+__all__ = ["make_room", "peak_memory", "return_free_memory"]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -30,6 +30,13 @@ def return_free_memory() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def make_room() -> None:
+    """Gives everything back that is not in use, the device's memory too, after something did not fit."""
+    return_free_memory()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @cache
