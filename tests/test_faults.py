@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 import pytest
+from interrupted import blocks_of
 
 from omniquant_pl.callbacks import CheckpointCallback
 from omniquant_pl.hooks import CalibrationCallback
@@ -24,10 +25,6 @@ from omniquant_pl.trainer import SequentialTrainer
 
 Fit = Callable[..., SequentialTrainer]
 ROOT = Path(__file__).parents[1]
-
-
-def files_of(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.blocks.iterdir())}
 
 
 @pytest.fixture
@@ -80,23 +77,23 @@ def test_a_full_disk(llama: Path, fit: Fit, small_disk: Path, tmp_path: Path, bu
         trainer = fit(model, [saved, *callbacks], ckpt_path=ckpt_path, max_epochs=2, default_root_dir=root)
         return trainer.run_folder
 
-    whole = files_of(calibrate(tmp_path / "whole", []))
+    whole = blocks_of(calibrate(tmp_path / "whole", []))
     with pytest.raises(OSError, match="No space left on device"):
         calibrate(small_disk / "run", [FillDisk(small_disk / "ballast")])
     run = RunFolder(small_disk / "run")
-    assert files_of(run) == {"00000.safetensors": whole["00000.safetensors"]}
+    assert blocks_of(run) == {"00000.safetensors": whole["00000.safetensors"]}
     (small_disk / "ballast").unlink()
-    assert files_of(calibrate(run.path, [], "last")) == whole
+    assert blocks_of(calibrate(run.path, [], "last")) == whole
 
 
 def test_a_folder_that_cannot_be_written(llama: Path, fit: Fit, small_disk: Path) -> None:
     trainer = fit(OmniQuantModel(str(llama)), max_epochs=0, default_root_dir=small_disk / "run")
-    before = files_of(trainer.run_folder)
+    before = blocks_of(trainer.run_folder)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for ckpt_path in (None, "last"):
         with pytest.raises(OSError, match="Read-only file system"):
             fit(OmniQuantModel(str(llama)), max_epochs=0, default_root_dir=small_disk / "run", ckpt_path=ckpt_path)
-    assert files_of(trainer.run_folder) == before
+    assert blocks_of(trainer.run_folder) == before
 
 
 class TestInterruption:
@@ -220,7 +217,7 @@ class TestProcess:
         whole = tmp_path / "whole"
         command = self.command(llama, token_files, whole, *options)
         subprocess.run(command, check=True, timeout=300, capture_output=True)
-        assert files_of(RunFolder(folder)) == files_of(RunFolder(whole))
+        assert blocks_of(RunFolder(folder)) == blocks_of(RunFolder(whole))
 
 
 @pytest.mark.slow

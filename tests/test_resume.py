@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupted import PowerCut, PowerCutError, blocks_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 from omniquant_pl.callbacks import CheckpointCallback, KeepBestState, MetricsCallback, NumericsGuard
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.spec import (
@@ -30,44 +30,6 @@ from omniquant_pl.trainer import SequentialTrainer
 Fit = Callable[..., SequentialTrainer]
 
 EPOCHS, BATCHES, BLOCKS = 3, 3, 3
-
-
-class PowerCutError(Exception):
-    """The process is gone."""
-
-
-class PowerCut(CalibrationCallback):
-    """Ends everything at the n-th of the moments that a calibration can be interrupted at."""
-
-    def __init__(self, moment: int) -> None:
-        self._moment = moment
-        self.passed = 0
-
-    def _tick(self) -> None:
-        self.passed += 1
-        if self.passed > self._moment:
-            raise PowerCutError
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._tick()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._tick()
-
-    def on_train_epoch_end(self, *_: Any) -> None:
-        self._tick()
-
-    def on_block_start(self, *_: Any) -> None:
-        self._tick()
-
-    def on_block_trained(self, *_: Any) -> None:
-        self._tick()
-
-    def on_block_end(self, *_: Any) -> None:
-        self._tick()
-
-    def on_calibration_end(self, *_: Any) -> None:
-        self._tick()
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -111,10 +73,6 @@ def calibrate(make_llama: Callable[..., Path], fit: Fit, tmp_path: Path) -> Call
     return calibrate
 
 
-def files_of(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.blocks.iterdir())}
-
-
 def results_of(run: RunFolder) -> list[dict[str, Any]]:
     """What was measured, without the time that it took."""
     metrics = json.loads(run.metrics.read_text())
@@ -132,7 +90,7 @@ def test_moments_all_over_a_calibration(calibrate: Callable[..., RunFolder], set
         with pytest.raises(PowerCutError):
             calibrate(f"cut{moment}", options, [KeepBestState(), PowerCut(moment)])
         again = calibrate(f"cut{moment}", options, [KeepBestState()], ckpt_path="last")
-        assert files_of(again) == files_of(whole), moment
+        assert blocks_of(again) == blocks_of(whole), moment
         assert results_of(again) == results_of(whole), moment
 
 
@@ -156,7 +114,7 @@ class TestWhatIsThere:
 
     @pytest.fixture
     def whole(self, calibrate: Callable[..., RunFolder]) -> dict[str, bytes]:
-        return files_of(calibrate("whole", self.OPTIONS, []))
+        return blocks_of(calibrate("whole", self.OPTIONS, []))
 
     @pytest.mark.parametrize("name", ["blocks/00000.safetensors", "blocks/00001.safetensors", "last.ckpt"])
     @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
@@ -176,7 +134,7 @@ class TestWhatIsThere:
         path.write_bytes(damaged)
         if damage == "missing":
             path.unlink()
-        assert files_of(self.go_on(calibrate)) == whole
+        assert blocks_of(self.go_on(calibrate)) == whole
         assert damage == "missing" or any(str(path) in record.getMessage() for record in caplog.records)
 
     def test_a_damaged_block_does_not_cost_those_behind_it(
@@ -194,17 +152,17 @@ class TestWhatIsThere:
         expected = results_of(RunFolder(cut.path.parent / "whole"))
         cut.metrics.write_text(content)
         run = self.go_on(calibrate)
-        assert files_of(run) == whole
+        assert blocks_of(run) == whole
         for found, wanted in zip(results_of(run), expected, strict=True):
             assert found == pytest.approx(wanted, rel=1e-6)
 
     def test_nothing_there_is_a_start(self, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]) -> None:
-        assert files_of(self.go_on(calibrate, name="new")) == whole
+        assert blocks_of(self.go_on(calibrate, name="new")) == whole
 
     def test_without_ckpt_path_it_starts_anew(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]
     ) -> None:
-        assert files_of(self.go_on(calibrate, ckpt_path=None)) == whole
+        assert blocks_of(self.go_on(calibrate, ckpt_path=None)) == whole
         previous = sorted(path.name for path in (cut.path / "previous").iterdir())
         assert "last.ckpt" in previous
         assert "blocks" in previous
@@ -213,7 +171,7 @@ class TestWhatIsThere:
     def test_a_checkpoint_by_its_path(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes], name: str
     ) -> None:
-        assert files_of(self.go_on(calibrate, ckpt_path=str(cut.path / name))) == whole
+        assert blocks_of(self.go_on(calibrate, ckpt_path=str(cut.path / name))) == whole
 
     def test_a_path_that_is_no_file(self, cut: RunFolder, calibrate: Callable[..., RunFolder]) -> None:
         with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* is not a file"):
@@ -222,11 +180,11 @@ class TestWhatIsThere:
     def test_other_tokens_are_refused_unless_forced(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], caplog: pytest.LogCaptureFixture
     ) -> None:
-        before = files_of(cut)
+        before = blocks_of(cut)
         other = {"data": {"batch_size": 2, "samples": 4}}
         with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* other calibration tokens; .*checkpoint\.force"):
             self.go_on(calibrate, **other)
-        assert files_of(cut) == before
+        assert blocks_of(cut) == before
         assert self.go_on(calibrate, force=True, **other).factor_file(2).is_file()
         assert "other calibration tokens" in caplog.text
 
@@ -278,4 +236,4 @@ def test_early_stopping_goes_on(calibrate: Callable[..., RunFolder]) -> None:
     for moment in (17, 31):
         with pytest.raises(PowerCutError):
             calibrate("cut", settings, [stopping(), PowerCut(moment)], max_epochs=8)
-        assert files_of(calibrate("cut", settings, [stopping()], ckpt_path="last", max_epochs=8)) == files_of(whole)
+        assert blocks_of(calibrate("cut", settings, [stopping()], ckpt_path="last", max_epochs=8)) == blocks_of(whole)
