@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def folder(make_llama: Callable[..., Path]) -> Path:
+    return make_llama(num_hidden_layers=BLOCKS)
+
+
 @pytest.fixture
-def calibrate(make_llama: Callable[..., Path], fit: Fit, tmp_path: Path) -> Callable[..., RunFolder]:
+def calibrate(folder: Path, fit: Fit, tmp_path: Path) -> Callable[..., RunFolder]:
     """Calibrates into a folder by name, once more if it is told to go on."""
-    folder = make_llama(num_hidden_layers=BLOCKS)
 
     def calibrate(
-        name: str,
+        name: str | Path,
         settings: dict[str, Any],
         callbacks: list[Callback],
         ckpt_path: str | None = None,
@@ -81,17 +87,24 @@ def results_of(run: RunFolder) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_moments_all_over_a_calibration(calibrate: Callable[..., RunFolder], settings: str) -> None:
+def test_cut_again_and_again(calibrate: Callable[..., RunFolder], settings: str) -> None:
     """Before, inside and behind steps, epochs and blocks; each setting has moments of its own."""
-    options = SETTINGS[settings]
-    count = PowerCut(10**6)
-    whole = calibrate("whole", options, [KeepBestState(), count])
-    for moment in range(3 + list(SETTINGS).index(settings), count.passed, 13):
-        with pytest.raises(PowerCutError):
-            calibrate(f"cut{moment}", options, [KeepBestState(), PowerCut(moment)])
-        again = calibrate(f"cut{moment}", options, [KeepBestState()], ckpt_path="last")
-        assert blocks_of(again) == blocks_of(whole), moment
-        assert results_of(again) == results_of(whole), moment
+    options, position = SETTINGS[settings], list(SETTINGS).index(settings)
+    whole = calibrate("whole", options, [KeepBestState()])
+    moments = iter([position, *(11 + (position + turn) % 7 for turn in range(20))])
+
+    def go_on() -> RunFolder | None:
+        callbacks = [KeepBestState(), PowerCut(next(moments))]
+        with suppress(PowerCutError):
+            return calibrate("cut", options, callbacks, ckpt_path="last")
+        return None
+
+    runs = [go_on(), go_on(), go_on()]
+    assert runs == [None, None, None]
+    while (again := go_on()) is None:
+        pass
+    assert blocks_of(again) == blocks_of(whole)
+    assert results_of(again) == results_of(whole)
 
 
 class TestWhatIsThere:
@@ -99,12 +112,18 @@ class TestWhatIsThere:
 
     OPTIONS: dict[str, Any] = SETTINGS["clipping"]
 
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Where runs are that the tests share."""
+        return tmp_path_factory.mktemp("runs")
+
     @pytest.fixture
-    def cut(self, calibrate: Callable[..., RunFolder], tmp_path: Path) -> RunFolder:
+    def cut(self, calibrate: Callable[..., RunFolder], runs: Path, tmp_path: Path) -> RunFolder:
         """Interrupted inside the last block."""
-        with pytest.raises(PowerCutError):
-            calibrate("cut", self.OPTIONS, [PowerCut(64)])
-        run = RunFolder(tmp_path / "cut")
+        if not (runs / "cut").exists():
+            with pytest.raises(PowerCutError):
+                calibrate(runs / "cut", self.OPTIONS, [PowerCut(64)])
+        run = RunFolder(shutil.copytree(runs / "cut", tmp_path / "cut"))
         assert sorted(path.name for path in run.blocks.iterdir()) == ["00000.safetensors", "00001.safetensors"]
         assert run.checkpoint.is_file()
         return run
@@ -113,8 +132,14 @@ class TestWhatIsThere:
         return calibrate(**({"name": "cut", "settings": self.OPTIONS, "callbacks": [], "ckpt_path": "last"} | changes))
 
     @pytest.fixture
-    def whole(self, calibrate: Callable[..., RunFolder]) -> dict[str, bytes]:
-        return blocks_of(calibrate("whole", self.OPTIONS, []))
+    def uninterrupted(self, calibrate: Callable[..., RunFolder], runs: Path) -> RunFolder:
+        if not (runs / "whole").exists():
+            calibrate(runs / "whole", self.OPTIONS, [])
+        return RunFolder(runs / "whole")
+
+    @pytest.fixture
+    def whole(self, uninterrupted: RunFolder) -> dict[str, bytes]:
+        return blocks_of(uninterrupted)
 
     @pytest.mark.parametrize("name", ["blocks/00000.safetensors", "blocks/00001.safetensors", "last.ckpt"])
     @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
@@ -147,12 +172,12 @@ class TestWhatIsThere:
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"blocks": [{"index": 0}]}'])
     def test_lost_metrics_are_measured_again(
-        self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes], content: str
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], uninterrupted: RunFolder, content: str
     ) -> None:
-        expected = results_of(RunFolder(cut.path.parent / "whole"))
+        expected = results_of(uninterrupted)
         cut.metrics.write_text(content)
         run = self.go_on(calibrate)
-        assert blocks_of(run) == whole
+        assert blocks_of(run) == blocks_of(uninterrupted)
         for found, wanted in zip(results_of(run), expected, strict=True):
             assert found == pytest.approx(wanted, rel=1e-6)
 
@@ -187,6 +212,23 @@ class TestWhatIsThere:
         assert blocks_of(cut) == before
         assert self.go_on(calibrate, force=True, **other).factor_file(2).is_file()
         assert "other calibration tokens" in caplog.text
+
+    @pytest.mark.parametrize(
+        "change", [{"settings": SETTINGS["w4a4"]}, {"max_epochs": EPOCHS + 1}, {"data": {"batch_size": 3}}]
+    )
+    def test_other_settings_are_refused(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], change: dict[str, Any]
+    ) -> None:
+        before = blocks_of(cut)
+        with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* other settings; .*checkpoint\.force"):
+            self.go_on(calibrate, **change)
+        assert blocks_of(cut) == before
+
+    def test_where_streams_are_kept_may_change(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]
+    ) -> None:
+        moved = self.OPTIONS | {"activation_budget": BudgetSpec(device=0, host=0)}
+        assert blocks_of(self.go_on(calibrate, settings=moved)) == whole
 
     def test_other_model_files_are_refused(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], make_llama: Callable[..., Path]
