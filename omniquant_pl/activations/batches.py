@@ -176,7 +176,7 @@ class StreamBatches:
         return math.ceil(self.sampler.samples / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yields batches in float32 on the device; of streams that are there a batch of one is a view."""
+        """Yields batches in float32 on the device, read by another thread while the one before is used if need be."""
         first, self._first = self._first, 0
         order = self.sampler().split(self.batch_size)[first:]
         batches = (self._read(indices) for indices in order)
