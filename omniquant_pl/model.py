@@ -78,7 +78,7 @@ class OmniQuantModel(LightningModule):
         output_loss: Literal["mse", "kl"] = "mse",
         schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
         weight_decay: float = 0.0,
-        activation_dtype: Literal["float32", "bfloat16"] = "float32",
+        activation_dtype: Literal["float32", "bfloat16"] = "bfloat16",
         activation_budget: BudgetSpec = BudgetSpec(),  # noqa: B008 (frozen)
         parameters: str | None = None,
         trust_remote_code: bool = False,
