@@ -2,19 +2,23 @@
 
     python benchmarks/memory.py --blocks 4 16 64
 
-Random LLaMA models of equal blocks, 20 million parameters each, in bfloat16, are calibrated for one epoch (W4A16g128,
-clipping) and exported, each by a process of its own whose peak memory is read when it has ended. The streams are in
-files (``model.activation_budget`` of 0). The table says how much more the deepest model needs than the shallowest.
+Random LLaMA models of equal blocks, 20 million parameters each, in bfloat16, are calibrated for one step (W4A16g128,
+clipping) and exported, each by a process of its own. Its peak is what the system says when it has ended
+(``ru_maxrss``), pages of mapped files among it; what is not of files is sampled every 20 ms (``RssAnon``, Linux). The
+streams are in files (``model.activation_budget`` of 0). The last line says how much more the deepest model needs than
+the shallowest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from omniquant_pl.export.shards import ShardWriter
 
 ROOT = Path(__file__).parent.parent
-SAMPLES, TOKENS, VOCABULARY = 8, 64, 512
+SAMPLES, TOKENS, VOCABULARY = 4, 64, 512
 
 
 def make_model(folder: Path, blocks: int, shard_bytes: int) -> None:
@@ -57,9 +61,9 @@ def make_model(folder: Path, blocks: int, shard_bytes: int) -> None:
     writer.finish()
 
 
-def calibrate(model: Path, tokens: Path, folder: Path, budget: float) -> None:
-    """Calibrates and exports, as the command line does."""
-    command = [
+def command(model: Path, tokens: Path, folder: Path, budget: float) -> list[str]:
+    """The command line that calibrates and exports."""
+    return [
         sys.executable,
         str(ROOT / "train.py"),
         "fit",
@@ -70,7 +74,7 @@ def calibrate(model: Path, tokens: Path, folder: Path, budget: float) -> None:
         f"--data.evaluation=['{tokens}']",
         f"--data.samples={SAMPLES}",
         f"--data.sequence_length={TOKENS}",
-        "--data.batch_size=4",
+        f"--data.batch_size={SAMPLES}",
         "--trainer.max_epochs=1",
         "--trainer.accelerator=cpu",
         "--trainer.logger=false",
@@ -78,29 +82,37 @@ def calibrate(model: Path, tokens: Path, folder: Path, budget: float) -> None:
         "--export.dtype=bfloat16",
         "--progress.quiet=true",
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def peaks_of(arguments: list[str]) -> tuple[int, int]:
+    """Runs a program; returns the most bytes it had in memory, with the files mapped there and without them."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    status = Path(f"/proc/{process.pid}/status")
+    anonymous, ended = 0, 0
+    while not ended:
+        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+        anonymous = max(anonymous, 1024 * int(found[1])) if found else anonymous
+        time.sleep(0.02)
+        ended, code, usage = os.wait4(process.pid, os.WNOHANG)
+    if code:
+        raise RuntimeError(f"{arguments} failed with status {code}")
+    return 1024 * usage.ru_maxrss, anonymous
 
 
 def measure(blocks: int, root: Path, budget: float, shard_bytes: int) -> dict[str, float]:
-    """Returns peak memory in megabytes and seconds, measured from another process."""
+    """Returns sizes in megabytes, and seconds."""
     model, tokens, folder = root / "model", root / "tokens.npy", root / "run"
     make_model(model, blocks, shard_bytes)
     np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, (SAMPLES, TOKENS)))
-    child = "import sys; sys.path.insert(0, sys.argv[1]); import memory; memory.child(*sys.argv[2:])"
-    arguments = [str(Path(__file__).parent), str(model), str(tokens), str(folder), str(budget)]
-    output = subprocess.run(
-        [sys.executable, "-c", child, *arguments], check=True, capture_output=True, text=True
-    ).stdout
+    peak, anonymous = peaks_of(command(model, tokens, folder, budget))
     metrics = json.loads((folder / "metrics.json").read_text())
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return {"peak": float(output) / 1e6, "model": size / 1e6, "seconds": metrics["seconds"]["total"]}
-
-
-def child(model: str, tokens: str, folder: str, budget: str) -> None:
-    """Runs a calibration and prints the most bytes that it had in memory."""
-    calibrate(Path(model), Path(tokens), Path(folder), float(budget))
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit)
+    return {
+        "model": size / 1e6,
+        "peak": peak / 1e6,
+        "anonymous": anonymous / 1e6,
+        "seconds": metrics["seconds"]["total"],
+    }
 
 
 def main() -> None:
@@ -111,13 +123,13 @@ def main() -> None:
     parser.add_argument("--shard-bytes", type=int, default=1_000_000_000, help="size of the model's files")
     parser.add_argument("--folder", type=Path, help="where models and runs go; a temporary folder by default")
     options = parser.parse_args()
-    print("| blocks | model, MB | peak host memory, MB | seconds |\n|---|---|---|---|")
+    print("| blocks | model, MB | peak host memory, MB | of it not of files, MB | seconds |\n|---|---|---|---|---|")
     peaks = []
     for blocks in options.blocks:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             found = measure(blocks, Path(name), options.budget, options.shard_bytes)
         peaks.append(found["peak"])
-        print(f"| {blocks} | {found['model']:.0f} | {found['peak']:.0f} | {found['seconds']:.0f} |", flush=True)
+        print(f"| {blocks} | " + " | ".join(f"{value:.0f}" for value in found.values()) + " |", flush=True)
     print(
         f"\n{options.blocks[-1]} blocks need {100 * (peaks[-1] / peaks[0] - 1):+.1f} % of what {options.blocks[0]} need"
     )

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
+from omniquant_pl.memory import make_room
 from omniquant_pl.parts import loss_in_parts
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import LearningSpec
@@ -102,7 +103,9 @@ class BlockModule(LightningModule):
         return loss
 
     def _loss_that_fits(self) -> Tensor:
-        """The loss of the batch, in more parts than before as long as memory runs out.
+        """The loss of the batch and its gradients, in more parts than before as long as memory runs out.
+
+        Both are computed here, not where Lightning asks for gradients: it would hold on to what did not fit.
 
         Raises:
             CalibrationError: If a single sample does not fit.
@@ -110,8 +113,6 @@ class BlockModule(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         while True:
             try:
-                if self.parts == 1:
-                    return self.loss(self._batch)
                 return loss_in_parts(self.loss, self._batch, parameters, self.parts)
             except torch.OutOfMemoryError as error:
                 message = str(error)
@@ -125,30 +126,8 @@ class BlockModule(LightningModule):
                 f"model.window.blocks ({message.splitlines()[0]})"
             )
         self.parts = min(samples, 2 * self.parts)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        make_room()
         _log.warning("block %d does not fit into memory: batches are taken in %d parts", self.index, self.parts)
-
-    @override
-    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
-        before = self._gradients_so_far()
-        try:
-            super().backward(loss, *arguments, **options)
-        except torch.OutOfMemoryError as error:
-            message = str(error)
-        else:
-            return
-        del loss
-        for parameter, gradient in before:
-            parameter.grad = gradient
-        self._take_more_parts(message)
-        scale = 1 / self.trainer.accumulate_grad_batches
-        super().backward(self._loss_that_fits() * scale, *arguments, **options)
-
-    def _gradients_so_far(self) -> list[tuple[nn.Parameter, Tensor | None]]:
-        """Copies of what earlier batches of the same step have left."""
-        found = [(parameter, parameter.grad) for parameter in self.parameters()]
-        return [(parameter, None if gradient is None else gradient.clone()) for parameter, gradient in found]
 
     def loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the loss of a batch, as :meth:`training_step` gets it."""

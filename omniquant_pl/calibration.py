@@ -120,6 +120,7 @@ class Calibration:
                     self._finished.save_window([entry.block for entry in list(pending)[left:]])
                 for _ in range(left):
                     self._advance(pending.popleft())
+                    return_free_memory()  # of the block that has gone
                 self._engine.pause()
         self._kept.remove()
 
@@ -249,7 +250,6 @@ class Calibration:
         self._streams.advance(entry.target, output)
         engine.announce("on_block_end", block, result)
         self._kept.keep(block.index + 1, self._streams)
-        return_free_memory()
 
     def _measure(
         self, block: QuantizedBlock, tensors: Mapping[str, Tensor], target: Stream, output: Stream, seconds: float

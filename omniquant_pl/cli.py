@@ -31,7 +31,6 @@ from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.interruption import Interrupted, requeue
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.refusals import in_one_line
-from omniquant_pl.run_folder import deciding_settings
 from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["OmniQuantCLI", "find_config", "main", "quieten", "run"]
@@ -127,7 +126,6 @@ class OmniQuantCLI(LightningCLI):
         """
         config = self._settings("fit")
         assert isinstance(self.trainer, SequentialTrainer)
-        self.trainer.settings = deciding_settings(config)
         if not (config.get("ckpt_path") and config["checkpoint"]["force"]):
             self.trainer.run_folder.refuse_other_settings(config, bool(config.get("ckpt_path")))
 

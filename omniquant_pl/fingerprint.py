@@ -19,7 +19,7 @@ def fingerprint(settings: Mapping[str, Any], model: Path, tokens: Tensor) -> dic
     """Returns a digest for each of the things that decide what a calibration learns.
 
     Args:
-        settings: The deciding settings by their keys in YAML.
+        settings: The deciding settings by name; what JSON does not hold counts as its text.
         model: The model folder. Of its weights the size, the header and samples count, as reading hundreds of gigabytes
             would take minutes at every start.
         tokens: The calibration set ``[samples, tokens]``.

@@ -7,11 +7,13 @@ import gc
 import resource
 import sys
 from functools import cache
-from typing import Any
 
 import torch
 
-__all__ = ["peak_memory", "return_free_memory"]
+__all__ = ["make_room", "peak_memory", "return_free_memory"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_OWN_PAGES = 8 << 20
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -22,18 +24,34 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def return_free_memory() -> None:
-    """Frees what only cycles of references hold, and gives memory back to the system where the C library keeps it.
+    """Gives memory that is free back to the system where the C library keeps it.
 
     Between blocks, whose tensors come and go, what is kept would become scattered and grow with the depth of the model.
     """
+    _keep_large_tensors_apart()
+    _call_libc("malloc_trim", 0)
+
+
+def make_room() -> None:
+    """Gives everything back that is not in use, after something did not fit: cycles and the device's memory too."""
     gc.collect()
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    return_free_memory()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @cache
-def _malloc_trim() -> Any:
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _keep_large_tensors_apart() -> None:
+    """Gives tensors from 8 MiB on pages of their own, which go back to the system with the tensor.
+
+    By itself glibc does so from 32 MiB on, once smaller ones have been freed, and puts those between them into holes
+    that others have left, where they fit: how much is taken in the end is a matter of luck.
+    """
+    if _call_libc("mallopt", _M_MMAP_THRESHOLD, _OWN_PAGES):
+        _call_libc("mallopt", _M_TRIM_THRESHOLD, 2 * _OWN_PAGES)
+
+
+def _call_libc(name: str, *arguments: int) -> int:
+    """Calls a function of the C library, 0 where it has none of that name."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+    return 0 if function is None else int(function(*arguments))

@@ -32,6 +32,8 @@ from omniquant_pl.start import StartingPoint
 
 __all__ = ["OmniQuantModel"]
 
+_NOT_DECIDING = ("self", "__class__", "path", "activation_budget", "trust_remote_code")
+
 
 class OmniQuantModel(LightningModule):
     """What to quantize and how. It has no parameters itself; every block becomes a :class:`QuantizedBlock`.
@@ -56,6 +58,9 @@ class OmniQuantModel(LightningModule):
         parameters: Run folder, or omni_parameters.pth of the original implementation, whose learned factors are the
             starting point; null starts from the calibration set.
         trust_remote_code: Let Python code that comes with the checkpoint run.
+
+    Attributes:
+        settings: What decides, besides the checkpoint, what a calibration learns: arguments by their names.
     """
 
     def __init__(
@@ -73,12 +78,14 @@ class OmniQuantModel(LightningModule):
         output_loss: Literal["mse", "kl"] = "mse",
         schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
         weight_decay: float = 0.0,
-        activation_dtype: Literal["float32", "bfloat16"] = "float32",
+        activation_dtype: Literal["float32", "bfloat16"] = "bfloat16",
         activation_budget: BudgetSpec = BudgetSpec(),  # noqa: B008 (frozen)
         parameters: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        given = dict(locals())
         super().__init__()
+        self.settings = {name: value for name, value in given.items() if name not in _NOT_DECIDING}
         self.path = path
         self.scheme = Scheme(weights, activations)
         self.clipping = clipping

@@ -1,4 +1,4 @@
-"""A batch whose gradients do not fit into memory at once, in parts."""
+"""The loss of a batch together with its gradients, computed in parts if they do not fit into memory at once."""
 
 from __future__ import annotations
 
@@ -34,17 +34,22 @@ def loss_in_parts(
     gradients: list[Tensor | None] = [None] * len(parameters)
     for part in zip(*(tensor.split(math.ceil(samples / parts)) for tensor in batch), strict=True):
         loss = loss_of(part) * (len(part[0]) / samples)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradients = [_sum(one, other) for one, other in zip(gradients, found, strict=True)]
+        for position, gradient in enumerate(_gradients(loss, parameters)):
+            gradients[position] = _sum(gradients[position], gradient)
         total += loss.detach()
     loss_with_gradients: Tensor = _Computed.apply(total, gradients, *parameters)  # type: ignore[no-untyped-call]
     return loss_with_gradients
 
 
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    with torch.autocast(loss.device.type, enabled=False):  # a training step has it on, a backward pass has not
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
-    return one.add_(other)
+    return one + other  # not in place: two parameters may have been given the same tensor
 
 
 class _Computed(torch.autograd.Function):
@@ -57,5 +62,7 @@ class _Computed(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Any:
-        scaled = [None if known is None else known * gradient for known in context.gradients]
-        return (None, None, *scaled)
+        known, context.gradients = context.gradients, None
+        for position, found in enumerate(known):  # each in the place of what it is made of: never two copies of all
+            known[position] = None if found is None else found * gradient
+        return (None, None, *known)

@@ -20,7 +20,7 @@ from omniquant_pl.checkpoint import DamagedFileError, finite, read_sealed, write
 from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["VARIANTS", "RunFolder", "deciding_settings"]
+__all__ = ["VARIANTS", "RunFolder"]
 
 _log = logging.getLogger(__name__)
 
@@ -216,11 +216,6 @@ class RunFolder:
 def _checksum(metrics: Mapping[str, Any]) -> str:
     """SHA-256 of the numbers, whatever the spaces between them."""
     return hashlib.sha256(json.dumps(finite(metrics), sort_keys=True).encode()).hexdigest()
-
-
-def deciding_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that decide what a calibration learns, by their keys."""
-    return {key: _value(config, key) for key in _deciding_keys(config)}
 
 
 def _deciding_keys(config: Mapping[str, Any]) -> list[str]:

@@ -40,10 +40,14 @@ def stored(storage: Storage, values: Tensor) -> Stream:
 
 
 class TestBatches:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the second is read by another thread
-    def test_cover_every_sample_once_with_a_shorter_last_one(self, dtype: torch.dtype) -> None:
-        inputs = torch.arange(5, dtype=dtype).view(5, 1, 1)
-        streams = stream_of(inputs), stream_of(-inputs)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("place", ["device", "disk"])  # the second is read by another thread
+    def test_cover_every_sample_once_with_a_shorter_last_one(
+        self, tmp_path: Path, place: Place, dtype: torch.dtype
+    ) -> None:
+        inputs = torch.arange(5.0).view(5, 1, 1)
+        storage = storage_in(tmp_path, place, dtype)
+        streams = stored(storage, inputs), stored(storage, -inputs)
         batches = list(StreamBatches(streams, 2, BatchOrder(5, 0, shuffle=True)))
         assert [len(batch[0]) for batch in batches] == [2, 2, 1]
         assert len(StreamBatches(streams, 2, BatchOrder(5, 0, shuffle=True))) == 3
@@ -68,6 +72,12 @@ class TestBatches:
         values = torch.randn(3, 2, 2)
         (batch,) = next(iter(StreamBatches((stream_of(values),), 1, BatchOrder(3, 0, False))))
         assert batch.data_ptr() == values.data_ptr()
+
+    def test_a_file_is_read_when_a_batch_is(self, tmp_path: Path) -> None:
+        stream = stored(storage_in(tmp_path), torch.ones(1, 2, 2))
+        batch = stream.read(slice(0, 1))
+        stream.write(slice(0, 1), torch.zeros(1, 2, 2))
+        assert torch.equal(batch, torch.ones(1, 2, 2))
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupted import PowerCutError, blocks_of
 
 from omniquant_pl.callbacks import CheckpointCallback, MetricsCallback
 from omniquant_pl.errors import ConfigurationError
@@ -27,12 +28,8 @@ CASES = int(os.environ.get("OMNIQUANT_DAMAGE", "12"))
 BLOCKS = 4
 
 
-class PowerCutError(Exception):
-    """The process is gone."""
-
-
-class PowerCut(CalibrationCallback):
-    """Ends everything behind a checkpoint in the last window of blocks."""
+class CutInTheLastWindow(CalibrationCallback):
+    """Ends everything behind a checkpoint there."""
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.index >= BLOCKS - 2 and pl_module.epoch_losses:
@@ -58,16 +55,12 @@ def calibrate(make_llama: Callable[..., Path], fit: Callable[..., SequentialTrai
     folder = make_llama(num_hidden_layers=BLOCKS)
 
     def calibrate(root: Path, settings: str, ckpt_path: str | None = None, cut: bool = False) -> RunFolder:
-        callbacks = [MetricsCallback(), CheckpointCallback(every_n_steps=2), *([PowerCut()] if cut else [])]
+        callbacks = [MetricsCallback(), CheckpointCallback(every_n_steps=2), *([CutInTheLastWindow()] if cut else [])]
         model = OmniQuantModel(str(folder), **SETTINGS[settings])
         fit(model, callbacks, {"batch_size": 2}, ckpt_path, max_epochs=2, default_root_dir=root)
         return RunFolder(root)
 
     return calibrate
-
-
-def blocks_of(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.blocks.iterdir())}
 
 
 def damage(path: Path, choice: random.Random) -> str:

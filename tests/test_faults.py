@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from io import FileIO
 from pathlib import Path
 
 import pytest
+from interrupted import blocks_of
 
 from omniquant_pl.callbacks import CheckpointCallback
+from omniquant_pl.cli import run
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.interruption import Interrupted, Interruption, is_requeued, requeue
 from omniquant_pl.model import OmniQuantModel
@@ -24,10 +28,6 @@ from omniquant_pl.trainer import SequentialTrainer
 
 Fit = Callable[..., SequentialTrainer]
 ROOT = Path(__file__).parents[1]
-
-
-def files_of(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.blocks.iterdir())}
 
 
 @pytest.fixture
@@ -80,23 +80,68 @@ def test_a_full_disk(llama: Path, fit: Fit, small_disk: Path, tmp_path: Path, bu
         trainer = fit(model, [saved, *callbacks], ckpt_path=ckpt_path, max_epochs=2, default_root_dir=root)
         return trainer.run_folder
 
-    whole = files_of(calibrate(tmp_path / "whole", []))
+    whole = blocks_of(calibrate(tmp_path / "whole", []))
     with pytest.raises(OSError, match="No space left on device"):
         calibrate(small_disk / "run", [FillDisk(small_disk / "ballast")])
-    run = RunFolder(small_disk / "run")
-    assert files_of(run) == {"00000.safetensors": whole["00000.safetensors"]}
+    folder = RunFolder(small_disk / "run")
+    assert blocks_of(folder) == {"00000.safetensors": whole["00000.safetensors"]}
     (small_disk / "ballast").unlink()
-    assert files_of(calibrate(run.path, [], "last")) == whole
+    assert blocks_of(calibrate(folder.path, [], "last")) == whole
 
 
 def test_a_folder_that_cannot_be_written(llama: Path, fit: Fit, small_disk: Path) -> None:
     trainer = fit(OmniQuantModel(str(llama)), max_epochs=0, default_root_dir=small_disk / "run")
-    before = files_of(trainer.run_folder)
+    before = blocks_of(trainer.run_folder)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for ckpt_path in (None, "last"):
         with pytest.raises(OSError, match="Read-only file system"):
             fit(OmniQuantModel(str(llama)), max_epochs=0, default_root_dir=small_disk / "run", ckpt_path=ckpt_path)
-    assert files_of(trainer.run_folder) == before
+    assert blocks_of(trainer.run_folder) == before
+
+
+class Lose(CalibrationCallback):
+    """Takes a file away once a block is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_block_end(self, *_: object) -> None:
+        if self._path.is_file():
+            self._path.rename(self._path.with_name("away"))
+
+
+class TestLostSource:
+    """A disk, or a share of another machine, that is gone in the middle of a calibration."""
+
+    @staticmethod
+    def calibrate(fit: Fit, model: Path, root: Path, lost: Path | None, dataset: Path) -> dict[str, bytes]:
+        callbacks = [] if lost is None else [Lose(lost)]
+        data = {"dataset": str(dataset)}
+        trainer = fit(OmniQuantModel(str(model)), callbacks, data, "last", default_root_dir=root)
+        return blocks_of(trainer.run_folder)
+
+    def test_model_files(
+        self, make_llama: Callable[..., Path], fit: Fit, token_files: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        model, dataset = make_llama(), token_files[0]
+        weights = model / "model.safetensors"
+        whole = self.calibrate(fit, model, tmp_path / "whole", None, dataset)
+        with pytest.raises(ConfigurationError, match=r"^model\.path: .*model\.safetensors cannot be read"):
+            self.calibrate(fit, model, tmp_path / "run", weights, dataset)
+        finished = blocks_of(RunFolder(tmp_path / "run"))
+        assert finished == {"00000.safetensors": whole["00000.safetensors"]}
+        weights.with_name("away").rename(weights)
+        assert self.calibrate(fit, model, tmp_path / "run", None, dataset) == whole
+
+    def test_tokens_are_needed_at_the_start_alone(
+        self, llama: Path, fit: Fit, token_files: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        dataset = Path(shutil.copy(token_files[0], tmp_path / "tokens.npy"))
+        whole = self.calibrate(fit, llama, tmp_path / "whole", None, dataset)
+        assert self.calibrate(fit, llama, tmp_path / "run", dataset, dataset) == whole
+        with pytest.raises(ConfigurationError, match=r"^data\.dataset: .*tokens\.npy"):
+            self.calibrate(fit, llama, tmp_path / "run", None, dataset)
+        assert blocks_of(RunFolder(tmp_path / "run")) == whole
 
 
 class TestInterruption:
@@ -202,7 +247,9 @@ class TestProcess:
         assert (folder / "last.ckpt").is_file()
 
     @pytest.mark.slow
-    def test_a_requeued_job_goes_on(self, llama: Path, token_files: tuple[Path, Path], tmp_path: Path) -> None:
+    def test_a_requeued_job_goes_on(
+        self, llama: Path, token_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """SLURM is a script that writes down how it was called."""
         folder, programs = tmp_path / "run", tmp_path / "bin"
         programs.mkdir()
@@ -210,17 +257,15 @@ class TestProcess:
         scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
         scontrol.chmod(0o755)
         variables = {"SLURM_JOB_ID": "7", "PATH": f"{programs}:{os.environ['PATH']}"}
-        options = ("--checkpoint.every_n_steps=1", "--trainer.max_epochs=60")
-        command = self.command(llama, token_files, folder, *options)
-        code, _ = self.interrupted(command, signal.SIGUSR1, folder, **variables)
+        command = self.command(llama, token_files, folder, "--trainer.max_epochs=20")
+        code, _ = self.interrupted([*command, "--checkpoint.every_n_steps=1"], signal.SIGUSR1, folder, **variables)
         assert code == 0
         assert (tmp_path / "called").read_text() == "requeue 7\n"
-        again = os.environ | variables | {"SLURM_RESTART_COUNT": "1"}
-        subprocess.run(command, check=True, env=again, timeout=300, capture_output=True)
-        whole = tmp_path / "whole"
-        command = self.command(llama, token_files, whole, *options)
-        subprocess.run(command, check=True, timeout=300, capture_output=True)
-        assert files_of(RunFolder(folder)) == files_of(RunFolder(whole))
+        run(self.command(llama, token_files, tmp_path / "whole", "--trainer.max_epochs=20")[2:])
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        run(command[2:])
+        assert blocks_of(RunFolder(folder)) == blocks_of(RunFolder(tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -230,4 +275,4 @@ def test_killed_at_random_moments() -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=580, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 of 3 equal" in result.stdout
+    assert "3 of 3 equal, 3 kills hit a running calibration" in result.stdout

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupted import PowerCut, PowerCutError, blocks_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 from omniquant_pl.callbacks import CheckpointCallback, KeepBestState, MetricsCallback, NumericsGuard
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.spec import (
@@ -32,44 +34,6 @@ Fit = Callable[..., SequentialTrainer]
 EPOCHS, BATCHES, BLOCKS = 3, 3, 3
 
 
-class PowerCutError(Exception):
-    """The process is gone."""
-
-
-class PowerCut(CalibrationCallback):
-    """Ends everything at the n-th of the moments that a calibration can be interrupted at."""
-
-    def __init__(self, moment: int) -> None:
-        self._moment = moment
-        self.passed = 0
-
-    def _tick(self) -> None:
-        self.passed += 1
-        if self.passed > self._moment:
-            raise PowerCutError
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._tick()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._tick()
-
-    def on_train_epoch_end(self, *_: Any) -> None:
-        self._tick()
-
-    def on_block_start(self, *_: Any) -> None:
-        self._tick()
-
-    def on_block_trained(self, *_: Any) -> None:
-        self._tick()
-
-    def on_block_end(self, *_: Any) -> None:
-        self._tick()
-
-    def on_calibration_end(self, *_: Any) -> None:
-        self._tick()
-
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "clipping": {"weights": WeightSpec(bits=3)},
     "w4a4": {"activations": ActivationSpec(bits=4), "transform": TransformSpec(mlp=True)},
@@ -81,13 +45,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def folder(make_llama: Callable[..., Path]) -> Path:
+    return make_llama(num_hidden_layers=BLOCKS)
+
+
 @pytest.fixture
-def calibrate(make_llama: Callable[..., Path], fit: Fit, tmp_path: Path) -> Callable[..., RunFolder]:
+def calibrate(folder: Path, fit: Fit, tmp_path: Path) -> Callable[..., RunFolder]:
     """Calibrates into a folder by name, once more if it is told to go on."""
-    folder = make_llama(num_hidden_layers=BLOCKS)
 
     def calibrate(
-        name: str,
+        name: str | Path,
         settings: dict[str, Any],
         callbacks: list[Callback],
         ckpt_path: str | None = None,
@@ -111,10 +79,6 @@ def calibrate(make_llama: Callable[..., Path], fit: Fit, tmp_path: Path) -> Call
     return calibrate
 
 
-def files_of(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.blocks.iterdir())}
-
-
 def results_of(run: RunFolder) -> list[dict[str, Any]]:
     """What was measured, without the time that it took."""
     metrics = json.loads(run.metrics.read_text())
@@ -123,17 +87,24 @@ def results_of(run: RunFolder) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_moments_all_over_a_calibration(calibrate: Callable[..., RunFolder], settings: str) -> None:
+def test_cut_again_and_again(calibrate: Callable[..., RunFolder], settings: str) -> None:
     """Before, inside and behind steps, epochs and blocks; each setting has moments of its own."""
-    options = SETTINGS[settings]
-    count = PowerCut(10**6)
-    whole = calibrate("whole", options, [KeepBestState(), count])
-    for moment in range(3 + list(SETTINGS).index(settings), count.passed, 13):
-        with pytest.raises(PowerCutError):
-            calibrate(f"cut{moment}", options, [KeepBestState(), PowerCut(moment)])
-        again = calibrate(f"cut{moment}", options, [KeepBestState()], ckpt_path="last")
-        assert files_of(again) == files_of(whole), moment
-        assert results_of(again) == results_of(whole), moment
+    options, position = SETTINGS[settings], list(SETTINGS).index(settings)
+    whole = calibrate("whole", options, [KeepBestState()])
+    moments = iter([position, *(11 + (position + turn) % 7 for turn in range(20))])
+
+    def go_on() -> RunFolder | None:
+        callbacks = [KeepBestState(), PowerCut(next(moments))]
+        with suppress(PowerCutError):
+            return calibrate("cut", options, callbacks, ckpt_path="last")
+        return None
+
+    runs = [go_on(), go_on(), go_on()]
+    assert runs == [None, None, None]
+    while (again := go_on()) is None:
+        pass
+    assert blocks_of(again) == blocks_of(whole)
+    assert results_of(again) == results_of(whole)
 
 
 class TestWhatIsThere:
@@ -141,12 +112,18 @@ class TestWhatIsThere:
 
     OPTIONS: dict[str, Any] = SETTINGS["clipping"]
 
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Where runs are that the tests share."""
+        return tmp_path_factory.mktemp("runs")
+
     @pytest.fixture
-    def cut(self, calibrate: Callable[..., RunFolder], tmp_path: Path) -> RunFolder:
+    def cut(self, calibrate: Callable[..., RunFolder], runs: Path, tmp_path: Path) -> RunFolder:
         """Interrupted inside the last block."""
-        with pytest.raises(PowerCutError):
-            calibrate("cut", self.OPTIONS, [PowerCut(64)])
-        run = RunFolder(tmp_path / "cut")
+        if not (runs / "cut").exists():
+            with pytest.raises(PowerCutError):
+                calibrate(runs / "cut", self.OPTIONS, [PowerCut(64)])
+        run = RunFolder(shutil.copytree(runs / "cut", tmp_path / "cut"))
         assert sorted(path.name for path in run.blocks.iterdir()) == ["00000.safetensors", "00001.safetensors"]
         assert run.checkpoint.is_file()
         return run
@@ -155,8 +132,14 @@ class TestWhatIsThere:
         return calibrate(**({"name": "cut", "settings": self.OPTIONS, "callbacks": [], "ckpt_path": "last"} | changes))
 
     @pytest.fixture
-    def whole(self, calibrate: Callable[..., RunFolder]) -> dict[str, bytes]:
-        return files_of(calibrate("whole", self.OPTIONS, []))
+    def uninterrupted(self, calibrate: Callable[..., RunFolder], runs: Path) -> RunFolder:
+        if not (runs / "whole").exists():
+            calibrate(runs / "whole", self.OPTIONS, [])
+        return RunFolder(runs / "whole")
+
+    @pytest.fixture
+    def whole(self, uninterrupted: RunFolder) -> dict[str, bytes]:
+        return blocks_of(uninterrupted)
 
     @pytest.mark.parametrize("name", ["blocks/00000.safetensors", "blocks/00001.safetensors", "last.ckpt"])
     @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
@@ -176,7 +159,7 @@ class TestWhatIsThere:
         path.write_bytes(damaged)
         if damage == "missing":
             path.unlink()
-        assert files_of(self.go_on(calibrate)) == whole
+        assert blocks_of(self.go_on(calibrate)) == whole
         assert damage == "missing" or any(str(path) in record.getMessage() for record in caplog.records)
 
     def test_a_damaged_block_does_not_cost_those_behind_it(
@@ -189,22 +172,22 @@ class TestWhatIsThere:
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"blocks": [{"index": 0}]}'])
     def test_lost_metrics_are_measured_again(
-        self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes], content: str
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], uninterrupted: RunFolder, content: str
     ) -> None:
-        expected = results_of(RunFolder(cut.path.parent / "whole"))
+        expected = results_of(uninterrupted)
         cut.metrics.write_text(content)
         run = self.go_on(calibrate)
-        assert files_of(run) == whole
+        assert blocks_of(run) == blocks_of(uninterrupted)
         for found, wanted in zip(results_of(run), expected, strict=True):
             assert found == pytest.approx(wanted, rel=1e-6)
 
     def test_nothing_there_is_a_start(self, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]) -> None:
-        assert files_of(self.go_on(calibrate, name="new")) == whole
+        assert blocks_of(self.go_on(calibrate, name="new")) == whole
 
     def test_without_ckpt_path_it_starts_anew(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]
     ) -> None:
-        assert files_of(self.go_on(calibrate, ckpt_path=None)) == whole
+        assert blocks_of(self.go_on(calibrate, ckpt_path=None)) == whole
         previous = sorted(path.name for path in (cut.path / "previous").iterdir())
         assert "last.ckpt" in previous
         assert "blocks" in previous
@@ -213,7 +196,7 @@ class TestWhatIsThere:
     def test_a_checkpoint_by_its_path(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes], name: str
     ) -> None:
-        assert files_of(self.go_on(calibrate, ckpt_path=str(cut.path / name))) == whole
+        assert blocks_of(self.go_on(calibrate, ckpt_path=str(cut.path / name))) == whole
 
     def test_a_path_that_is_no_file(self, cut: RunFolder, calibrate: Callable[..., RunFolder]) -> None:
         with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* is not a file"):
@@ -222,13 +205,30 @@ class TestWhatIsThere:
     def test_other_tokens_are_refused_unless_forced(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], caplog: pytest.LogCaptureFixture
     ) -> None:
-        before = files_of(cut)
+        before = blocks_of(cut)
         other = {"data": {"batch_size": 2, "samples": 4}}
         with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* other calibration tokens; .*checkpoint\.force"):
             self.go_on(calibrate, **other)
-        assert files_of(cut) == before
+        assert blocks_of(cut) == before
         assert self.go_on(calibrate, force=True, **other).factor_file(2).is_file()
         assert "other calibration tokens" in caplog.text
+
+    @pytest.mark.parametrize(
+        "change", [{"settings": SETTINGS["w4a4"]}, {"max_epochs": EPOCHS + 1}, {"data": {"batch_size": 3}}]
+    )
+    def test_other_settings_are_refused(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], change: dict[str, Any]
+    ) -> None:
+        before = blocks_of(cut)
+        with pytest.raises(ConfigurationError, match=r"^ckpt_path: .* other settings; .*checkpoint\.force"):
+            self.go_on(calibrate, **change)
+        assert blocks_of(cut) == before
+
+    def test_where_streams_are_kept_may_change(
+        self, cut: RunFolder, calibrate: Callable[..., RunFolder], whole: dict[str, bytes]
+    ) -> None:
+        moved = self.OPTIONS | {"activation_budget": BudgetSpec(device=0, host=0)}
+        assert blocks_of(self.go_on(calibrate, settings=moved)) == whole
 
     def test_other_model_files_are_refused(
         self, cut: RunFolder, calibrate: Callable[..., RunFolder], make_llama: Callable[..., Path]
@@ -278,4 +278,4 @@ def test_early_stopping_goes_on(calibrate: Callable[..., RunFolder]) -> None:
     for moment in (17, 31):
         with pytest.raises(PowerCutError):
             calibrate("cut", settings, [stopping(), PowerCut(moment)], max_epochs=8)
-        assert files_of(calibrate("cut", settings, [stopping()], ckpt_path="last", max_epochs=8)) == files_of(whole)
+        assert blocks_of(calibrate("cut", settings, [stopping()], ckpt_path="last", max_epochs=8)) == blocks_of(whole)

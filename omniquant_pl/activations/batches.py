@@ -12,6 +12,7 @@ from torch import Tensor
 
 from omniquant_pl.activations.storage import Storage
 from omniquant_pl.activations.stream import Stream
+from omniquant_pl.memory import make_room
 
 __all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream"]
 
@@ -71,8 +72,7 @@ def _in_halves(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    make_room()
     return torch.cat([_in_halves(function, half) for half in batch.split(math.ceil(len(batch) / 2))])
 
 
@@ -176,7 +176,7 @@ class StreamBatches:
         return math.ceil(self.sampler.samples / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yields batches in float32 on the device; of streams that are there a batch of one is a view."""
+        """Yields batches in float32 on the device, read by another thread while the one before is used if need be."""
         first, self._first = self._first, 0
         order = self.sampler().split(self.batch_size)[first:]
         batches = (self._read(indices) for indices in order)

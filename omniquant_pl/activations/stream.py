@@ -38,12 +38,14 @@ class Stream:
 
     @property
     def is_direct(self) -> bool:
-        """Whether reading takes no copy."""
-        return self.values.device == self.device and self.values.dtype == torch.float32
+        """Whether it is read where it is, so that no other thread needs to do it ahead of time."""
+        return self.values.device == self.device and self.path is None
 
     def read(self, samples: slice | Tensor) -> Tensor:
-        """Returns some samples in float32 on the device; a slice may be a view."""
+        """Returns some samples in float32 on the device; a slice of a stream that is there in float32 is a view."""
         part = self.values[samples if isinstance(samples, slice) else samples.to(self.values.device)]
+        if self.path is not None:
+            part = part.clone()  # a view would be read from the file where it is used
         if self.device.type == "cuda" and not part.is_cuda and not part.is_pinned():
             part = part.pin_memory()
         return part.to(self.device, non_blocking=True).float()

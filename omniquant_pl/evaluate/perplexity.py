@@ -64,9 +64,10 @@ def perplexity(
     with context():
         hidden = map_batches(source.embed, tokens)
         for index in range(len(source)):
-            return_free_memory()  # of the block before
             block = build(index, source.block_tensors(index), calls[index]).to(device)
             hidden = map_batches(lambda batch, block=block: block(batch).float(), hidden)  # type: ignore[misc]
+            del block
+            return_free_memory()
     mean = MeanMetric().set_dtype(torch.float64)
     for states, window in zip(hidden.split(1), tokens.to(device).split(1), strict=True):
         # Not torchmetrics' Perplexity: its softmax is zero, and its logarithm infinite, 104 below the highest logit.

@@ -210,6 +210,7 @@ def _contents(folded: FoldedModel, plan: GgufPlan) -> Iterable[Tensor]:
         parts: dict[str, Any] = {**block.tensors, **{f"{name}.weight": w for name, w in block.weights.items()}}
         for found in tensors:
             yield found.pack([parts[name] for name in found.parts])
+        del block, parts
 
 
 def _storage(plan: GgufPlan) -> str:

@@ -109,6 +109,7 @@ def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Ite
         prefix, block = source.block_prefix(index), folded.block(index)
         for name, tensor in _block(source.stored_names(index), block, folded, family):
             yield prefix + name, tensor
+        del block, tensor
 
 
 def _block(

@@ -87,14 +87,17 @@ class SafetensorsExport(Export):
         for name, tensor in folded.surroundings():
             yield name, tensor.to(self.dtype_of(folded, name))
         for index in range(len(folded)):
-            block = folded.block(index)
-            for name in folded.block_names(index):
-                linear = name.removesuffix(".weight")
-                if linear in block.weights:
-                    packed = self.pack(block.weights[linear], folded.linears[linear])
-                    yield from ((f"{linear}.{suffix}", tensor) for suffix, tensor in packed.items())
-                else:
-                    yield name, block.tensors[name].to(self.dtype_of(folded, name))
+            yield from self._block_tensors(folded, index)
+
+    def _block_tensors(self, folded: FoldedModel, index: int) -> Iterator[tuple[str, Tensor]]:
+        block = folded.block(index)
+        for name in folded.block_names(index):
+            linear = name.removesuffix(".weight")
+            if linear in block.weights:
+                packed = self.pack(block.weights[linear], folded.linears[linear])
+                yield from ((f"{linear}.{suffix}", tensor) for suffix, tensor in packed.items())
+            else:
+                yield name, block.tensors[name].to(self.dtype_of(folded, name))
 
     def _config(self, model: OmniQuantModel) -> dict[str, Any]:
         """The source's own configuration with the dtype and how it is quantized."""

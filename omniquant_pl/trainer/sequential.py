@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,17 @@ from omniquant_pl.trainer.testing import measure_run
 
 __all__ = ["SequentialTrainer"]
 
+_DECIDING = (
+    "epochs_per_block",
+    "min_epochs",
+    "precision",
+    "limit_train_batches",
+    "overfit_batches",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+)
+
 
 class SequentialTrainer(RunTrainer):
     """Calibrates the blocks of a model in order; ``max_epochs`` counts the epochs of one block.
@@ -50,7 +60,6 @@ class SequentialTrainer(RunTrainer):
         super().__init__(max_epochs=max_epochs, **options)
         self.epochs_per_block = max_epochs
         self.interruption = Interruption()
-        self.settings: Mapping[str, Any] = {}
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
         self.first_epoch = 0
@@ -100,7 +109,7 @@ class SequentialTrainer(RunTrainer):
         return path
 
     def _calibrate(self, model: OmniQuantModel, datamodule: CalibrationData, tokens: Tensor, checkpoint: Path) -> None:
-        self.fingerprint = fingerprint(self.settings, model.source.folder, tokens)
+        self.fingerprint = fingerprint(self._settings(model, datamodule), model.source.folder, tokens)
         force = any(getattr(callback, "force", False) for callback in self.calibration_callbacks)
         finished = FinishedBlocks(self.run_folder, self.fingerprint, self.resumes, force)
         finished.refuse_other(len(model.source), checkpoint)
@@ -127,6 +136,11 @@ class SequentialTrainer(RunTrainer):
         self.announce("on_calibration_end", model)
         if self.is_global_zero:
             self.run_folder.remove_checkpoints()
+
+    def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
+        """Everything that decides what is learned, but for the model files and the tokens."""
+        own = {name: getattr(self, name) for name in _DECIDING}
+        return model.settings | own | {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
 
     def _storage(self, model: OmniQuantModel, tokens: Tensor) -> Storage:
         """Where the streams are kept: two in front of a block, two behind it, and the targets of its window."""
