@@ -325,15 +325,13 @@ class SequentialTrainer(Trainer):
         """
         del ckpt_path, weights_only
         export = open_format(format, model, dtype, shard_bytes)
-        verification = Verification(export) if verify else None
+        verification = Verification(export, _first_window(datamodule, model)) if verify else None
         folder = self.run_folder.model if format == "hf" else self.run_folder.path / format
         folder = folder if output is None else Path(output)
         export.write(model, self.run_folder, folder)
         Console().print(f"{format}: {folder}", soft_wrap=True)
         if verification is not None:
-            _bind(datamodule, model)
-            tokens = next(iter(datamodule.evaluation_tokens().values()))
-            results = verification.run(model, self.run_folder, folder, tokens[:1])
+            results = verification.run(model, self.run_folder, folder)
             Console().print(verification_table(results))
             refuse_differing(results)
         return folder
@@ -425,6 +423,12 @@ def _bind(data: CalibrationData, model: OmniQuantModel) -> None:
     """Tells the data for which model they are."""
     source = model.source
     data.bind(TextSettings(source.tokenizer, source.positions, int(source.config.vocab_size), _seed()))
+
+
+def _first_window(data: CalibrationData, model: OmniQuantModel) -> Tensor:
+    """Token ids ``[1, tokens]`` of the first evaluation set."""
+    _bind(data, model)
+    return next(iter(data.evaluation_tokens().values()))[:1]
 
 
 def _seed() -> int:

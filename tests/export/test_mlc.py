@@ -313,7 +313,7 @@ class TestRefusal:
 
     def test_verification_says_what_is_missing(self) -> None:
         with pytest.raises(ConfigurationError, match="mlc_llm"):
-            Verification(MlcExport())
+            Verification(MlcExport(), torch.zeros(1, 2, dtype=torch.long))
 
 
 def test_rotation_unties_the_head(make_llama: Callable[..., Path], finish: Finish, tmp_path: Path) -> None:
