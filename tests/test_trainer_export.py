@@ -35,9 +35,11 @@ def export(
 ) -> Callable[..., Path]:
     """Exports the run to `out`."""
 
-    def export(format_name: str, evaluation: Path = token_files[1], **settings: Any) -> Path:
+    def export(
+        format_name: str, evaluation: Path = token_files[1], output: Path = tmp_path / "out", **settings: Any
+    ) -> Path:
         data = CalibrationData(evaluation=[str(evaluation)])
-        return trainer.export(model, data, format_name, str(tmp_path / "out"), **settings)
+        return trainer.export(model, data, format_name, str(output), **settings)
 
     return export
 
@@ -95,3 +97,8 @@ class TestRefusedBeforeWork:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         expected = "verify: no program that loads packed is installed; known: omniquant-pl (omniquant_pl)"
         assert message("packed", verify=True) == expected
+
+    def test_a_folder_that_cannot_be_made(self, message: Callable[..., str], tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        expected = f"output: {tmp_path / 'file' / 'out'} cannot be made: Not a directory"
+        assert message(output=tmp_path / "file" / "out") == expected

@@ -35,7 +35,7 @@ def auto_round_logits(folder: Path, tokens: Tensor) -> Tensor:
     config = AutoConfig.from_pretrained(folder)
     kept = {key: config.quantization_config[key] for key in ("bits", "group_size", "sym")}
     config.quantization_config = kept | {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config).float().eval()
+    model = torch.nn.Module.float(AutoModelForCausalLM.from_pretrained(folder, config=config)).eval()
     stored = load_file(folder / "model.safetensors")
     model.load_state_dict({name: t for name, t in stored.items() if name.endswith((".weight", ".bias"))}, strict=False)
     with torch.no_grad():
