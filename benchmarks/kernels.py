@@ -14,10 +14,12 @@ import argparse
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -221,6 +223,17 @@ def products(device: str, repetitions: int, peak: float) -> None:
     table(["out x in", "weight", *head], rows)
 
 
+def processor() -> str:
+    """The processor's name and its widest vectors, as Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    widest = next((name for name in ("avx512f", "avx2") if name in told.get("flags", "").split()), "no AVX2")
+    return f"{told.get('model name', platform.machine())} ({widest})"
+
+
 def load() -> str:
     return f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
 
@@ -234,7 +247,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
     print(f"{name}, torch {torch.__version__}, {options.threads} threads, {load()} before\n")
     print("Medians (the best of all rounds in parentheses).\n")
     peak = bandwidth(options.device, options.repetitions)

@@ -188,6 +188,16 @@ class RunFolder:
         except DamagedFileError as error:
             raise ConfigurationError(key, str(error)) from error
 
+    def refuse_unfinished(self, blocks: int) -> None:
+        """Refuses a run that lacks a block, without reading the others.
+
+        Raises:
+            ConfigurationError: It names the first file that is missing.
+        """
+        missing = (index for index in range(blocks) if not self.factor_file(index).is_file())
+        for index in missing:
+            self.load_factors(index)
+
     def block_content(self, index: int) -> dict[str, Any] | None:
         """Returns what a block's factors belong to, ``None`` where there are none, or they are damaged."""
         try:

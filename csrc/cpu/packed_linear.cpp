@@ -17,6 +17,7 @@ constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 15;   // of x
 constexpr int64_t PIECES_PER_THREAD = 8;            // a thread that lags holds up one piece
 constexpr int64_t PIECE_MULTIPLE = 12;              // rows, of 1, 3 or 4 at once
 constexpr int64_t MAX_LANES = 16;
+constexpr int64_t MIN_LANES = 8;
 constexpr int64_t MAX_ROWS = 16;  // of x at a time, so that they stay in a core's cache
 
 struct Kernel {
@@ -57,6 +58,7 @@ struct Plan {
     int64_t scratch;  // of a thread
     int64_t sums;     // begins
     int64_t indices;
+    int64_t first_groups;
     int64_t scratches;
     int64_t end;
 };
@@ -75,17 +77,22 @@ Plan make_plan(int64_t n, int64_t in, int64_t group_size, int32_t bits, int64_t 
                             whole_lines(plan.columns));
     plan.sums = rows * plan.stride;
     plan.indices = plan.sums + rows * plan.sums_stride;
-    plan.scratches = plan.indices + whole_lines(plan.units);
+    plan.first_groups = plan.indices + whole_lines(plan.units);
+    plan.scratches = plan.first_groups + whole_lines(plan.units / MIN_LANES + 1);
     plan.end = plan.scratches + threads * plan.scratch;
     return plan;
 }
 
-// Each unit's group, counted from the group of its vector's first unit.
-void index_groups(int32_t *indices, int64_t units, int64_t group_units, int64_t lanes) {
-    for (int64_t unit = 0; unit < whole_lines(units); ++unit) {
-        const int64_t first = unit / lanes * lanes / group_units;
-        const int64_t group = std::min(unit, units - 1) / group_units;
-        indices[unit] = static_cast<int32_t>(std::max<int64_t>(group - first, 0));
+// The group of each vector's first unit, and each unit's group, counted from that.
+void index_groups(int32_t *indices, int32_t *first_groups, int64_t units, int64_t group_units,
+                  int64_t lanes) {
+    for (int64_t begin = 0; begin < units; begin += lanes) {
+        const int64_t first = begin / group_units;
+        first_groups[begin / lanes] = static_cast<int32_t>(first);
+        for (int64_t unit = begin; unit < begin + lanes; ++unit) {
+            const int64_t group = std::min(unit, units - 1) / group_units;
+            indices[unit] = static_cast<int32_t>(group - first);
+        }
     }
 }
 
@@ -148,17 +155,17 @@ void omniquant_packed_linear(const void *x, const uint32_t *words, const void *s
     auto *const indices = reinterpret_cast<int32_t *>(memory + plan.indices);
     const int64_t group_units =
         std::max<int64_t>(group_size >= in ? plan.units : group_size / UNIT, 1);
-    index_groups(indices, plan.units, group_units, kernel.lanes);
-    const PackedWeight weight = {words,      scale,       zero_point,  plan.units * bits,
-                                 plan.units, plan.groups, group_units, bits,
-                                 scale_type};
+    auto *const first_groups = reinterpret_cast<int32_t *>(memory + plan.first_groups);
+    index_groups(indices, first_groups, plan.units, group_units, kernel.lanes);
+    const PackedWeight weight = {words,      scale,       zero_point, plan.units * bits,
+                                 plan.units, plan.groups, bits,       scale_type};
     for (int64_t first = 0; first < n; first += MAX_ROWS) {
         const int64_t rows = std::min(n - first, MAX_ROWS);
         const ArrangedRows arranged = {memory, memory + plan.sums, rows, plan.stride,
                                        plan.sums_stride};
         const Output output = {out, first, out_features, type};
         const Order order = make_order(bits, kernel.lanes, kernel.paired);
-        const Call call = {plan, order,  kernel, {weight, arranged, output, indices},
+        const Call call = {plan, order,  kernel, {weight, arranged, output, indices, first_groups},
                            x,    memory, in,     group_size};
         parallel_for(rows, 1, rows * in < MIN_PARALLEL_NUMBERS ? 1 : threads, arrange_rows, &call);
         parallel_for(out_features, piece_of(out_features, threads),

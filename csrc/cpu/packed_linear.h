@@ -60,7 +60,6 @@ struct PackedWeight {
     int64_t words_per_row;
     int64_t units;
     int64_t groups;
-    int64_t group_units;
     int32_t bits;
     int32_t scale_type;
 };
@@ -85,7 +84,8 @@ struct PackedProduct {
     PackedWeight weight;
     ArrangedRows x;
     Output out;
-    const int32_t *group_of_unit;  // within the groups from that of the vector's first unit on
+    const int32_t *group_of_unit;  // counted from the group of its vector's first unit
+    const int32_t *first_groups;   // of each vector of units; a division a row would take long
 };
 
 constexpr int64_t LINE = 16;  // floats of a cache line, and of the widest vector

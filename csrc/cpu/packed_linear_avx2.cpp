@@ -41,6 +41,9 @@ struct Avx2 {
     }
 
     OMNIQUANT_STEP Int load_some_halves(const uint16_t *halves, int64_t count) {
+        if (count == lanes) {
+            return load_halves(halves);
+        }
         uint16_t some[lanes] = {};
         std::memcpy(some, halves, static_cast<size_t>(count) * sizeof *halves);
         return load_halves(some);
@@ -48,9 +51,12 @@ struct Avx2 {
 
     OMNIQUANT_STEP Float load_bytes(const uint8_t *bytes, int64_t count) {
         uint8_t some[lanes] = {};
-        std::memcpy(some, bytes, static_cast<size_t>(count));
+        if (count < lanes) {
+            std::memcpy(some, bytes, static_cast<size_t>(count));
+            bytes = some;
+        }
         return _mm256_cvtepi32_ps(
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(some))));
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes))));
     }
 
     OMNIQUANT_STEP Float load_elements(const void *values, int32_t type, int64_t index,
@@ -58,8 +64,11 @@ struct Avx2 {
         if (type == OMNIQUANT_FLOAT32) {
             const float *from = static_cast<const float *>(values) + index;
             float some[lanes] = {};
-            std::memcpy(some, from, static_cast<size_t>(count) * sizeof *from);
-            return _mm256_loadu_ps(some);
+            if (count < lanes) {
+                std::memcpy(some, from, static_cast<size_t>(count) * sizeof *from);
+                from = some;
+            }
+            return _mm256_loadu_ps(from);
         }
         const Int halves = load_some_halves(static_cast<const uint16_t *>(values) + index, count);
         return type == OMNIQUANT_FLOAT16

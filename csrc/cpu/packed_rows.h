@@ -213,7 +213,8 @@ OMNIQUANT_STEP void spread_scales(const PackedProduct &product, int64_t row, flo
         V::store(zeros + g, V::load_elements(weight.scale, weight.scale_type, first + g, some));
     }
     for (int64_t u = 0; u < weight.units; u += V::lanes) {
-        const typename V::Float near = V::load_unaligned(zeros + u / weight.group_units);
+        const typename V::Float near =
+            V::load_unaligned(zeros + product.first_groups[u / V::lanes]);
         V::store(scales + u, V::permute(near, product.group_of_unit + u));
     }
     for (int64_t g = 0; g < weight.groups; g += V::lanes) {

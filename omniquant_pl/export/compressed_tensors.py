@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,20 @@ from omniquant_pl.export.compressed_tensors_layouts import IntQuantized, PackQua
 from omniquant_pl.export.folded import LinearWeight
 from omniquant_pl.export.format import Client
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
-from omniquant_pl.export.structure import expert_linears, rewritten_linears
+from omniquant_pl.export.structure import expert_linears, first_refusal, ragged_refusal, rewritten_linears
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quant.affine import QuantizedWeight, group_size_of
+from omniquant_pl.quant.affine import QuantizedWeight
 from omniquant_pl.run_folder import RunFolder
 
 __all__ = ["CompressedTensorsExport"]
 
-_HALF_ROUNDING = 2.0**-11  # of float16, which transformers from 5.23 on multiplies codes and scales in
+_HALF_ROUNDING = 2.0**-11
 _ATTENTION_LINEARS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
+
+
+def _dequantizes_in_half() -> bool:
+    """Whether transformers lets compressed-tensors multiply codes and scales in the scales' dtype, as from 5.23 on."""
+    return tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 23)
 
 
 def _logits(folder: Path, tokens: Tensor) -> Tensor:
@@ -45,15 +51,14 @@ def _logits(folder: Path, tokens: Tensor) -> Tensor:
     Returns:
         Logits ``[batch, tokens, vocabulary]``.
     """
-    import transformers
-
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     if config["format"] == IntQuantized.name:
         return transformers_logits(folder, tokens, torch.float64)
     has_zero_points = not config["config_groups"]["group_0"]["weights"]["symmetric"]
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if has_zero_points and version >= (5, 23):  # it refuses them as they are
-        dequantized = transformers.CompressedTensorsConfig(dequantize=True)
+    if has_zero_points and _dequantizes_in_half():  # it refuses them as they are
+        from transformers import CompressedTensorsConfig
+
+        dequantized = CompressedTensorsConfig(dequantize=True)
         return transformers_logits(folder, tokens, quantization_config=dequantized)
     return transformers_logits(folder, tokens)
 
@@ -71,7 +76,7 @@ class CompressedTensorsExport(SafetensorsExport):
             "transformers with compressed-tensors",
             ("transformers", "compressed_tensors"),
             _logits,
-            _HALF_ROUNDING,
+            _HALF_ROUNDING if _dequantizes_in_half() else 1e-4,
             quantizes_activations=True,
         ),
     )
@@ -127,11 +132,7 @@ def _layout_of(model: OmniQuantModel) -> PackQuantized | IntQuantized:
 def _linear_refusal(model: OmniQuantModel) -> str | None:
     if rewritten := rewritten_linears(model.source):
         return f"compressed-tensors unpacks plain linears only, not {', '.join(sorted(rewritten))}"
-    for name, (spec, (_, columns)) in model.quantized_weights.items():
-        group_size = group_size_of(spec, columns)
-        if columns % group_size:
-            return f"{columns} input channels of {name} are no multiple of the group size {group_size}"
-    return None
+    return first_refusal(model, ragged_refusal)
 
 
 def _expert_refusal(model: OmniQuantModel) -> str | None:

@@ -52,9 +52,13 @@ class FoldedModel:
     Args:
         model: The run's settings.
         folder: The run, for its learned factors.
+
+    Raises:
+        ConfigurationError: If the run has not finished.
     """
 
     def __init__(self, model: OmniQuantModel, folder: RunFolder) -> None:
+        folder.refuse_unfinished(len(model.source))
         self._model = model
         self._source = model.source
         self._folder = folder

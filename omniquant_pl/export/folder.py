@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from omniquant_pl.errors import ConfigurationError
+
 __all__ = ["copy_companions", "whole_folder"]
 
 _COMPANIONS = (
@@ -34,11 +36,17 @@ def copy_companions(source: Path, target: Path) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the target's place only if nothing went wrong."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a folder to fill, which takes the target's place only if nothing went wrong.
+
+    Raises:
+        ConfigurationError: If it cannot be made there.
+    """
     filling, previous = (target.with_name(f".{target.name}.{state}") for state in ("filling", "previous"))
     shutil.rmtree(filling, ignore_errors=True)
-    filling.mkdir()
+    try:
+        filling.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigurationError("output", f"{target} cannot be made: {error.strerror}") from error
     try:
         yield filling
         shutil.rmtree(previous, ignore_errors=True)

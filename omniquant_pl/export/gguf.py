@@ -23,8 +23,9 @@ from omniquant_pl.export.format import Client, Export
 from omniquant_pl.export.gguf_clients import llama_cpp_logits
 from omniquant_pl.export.gguf_metadata import Value, hyperparameters, refusal, rotary_tensors
 from omniquant_pl.export.gguf_names import ARCHITECTURES
-from omniquant_pl.export.gguf_plan import FileTensor, GgufPlan, is_tied, linear_refusal, places
+from omniquant_pl.export.gguf_plan import FileTensor, GgufPlan, linear_refusal, places
 from omniquant_pl.export.gguf_tokenizer import InexpressibleTokenizerError, Vocabulary, read_vocabulary
+from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 
@@ -59,13 +60,13 @@ class GgufExport(Export):
         if importlib.util.find_spec("gguf") is None:
             return "the gguf package is missing: pip install 'omniquant-pl[gguf]'"
         source = model.source
-        kind = _model_type(source)
+        kind = model_type(source)
         if kind not in ARCHITECTURES:
             return f"llama.cpp does not know {kind} as this writes it; known: {', '.join(sorted(ARCHITECTURES))}"
         return (
             refusal(kind, source.config)
             or _refuse_tensors(source, kind)
-            or _refuse_weights(model)
+            or first_refusal(model, linear_refusal)
             or _refuse_tokenizer(source)
         )
 
@@ -73,7 +74,7 @@ class GgufExport(Export):
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        plan = GgufPlan(model.source, folded, ARCHITECTURES[_model_type(model.source)], dtype)
+        plan = GgufPlan(model.source, folded, ARCHITECTURES[model_type(model.source)], dtype)
         with whole_folder(output) as target:
             self._write_file(model, folded, plan, target)
             write_json(target / "config.json", model.source.config_json)
@@ -84,7 +85,7 @@ class GgufExport(Export):
         from gguf import GGUFWriter
 
         source, tensors = model.source, plan.tensors
-        kind = _model_type(source)
+        kind = model_type(source)
         size = sum(tensor.bytes for tensor in tensors)
         limit = self.shard_bytes if size > self.shard_bytes else 0
         writer = GGUFWriter(target / _FILE, ARCHITECTURES[kind].name, split_max_size=limit)
@@ -100,11 +101,6 @@ class GgufExport(Export):
             writer.close()
 
 
-def _model_type(source: SourceModel) -> str:
-    """The family, which that of the checkpoint is opened as if it is another."""
-    return str(source.config_json["model_type"])
-
-
 def _refuse_tensors(source: SourceModel, kind: str) -> str | None:
     """Returns which tensor llama.cpp has no place for."""
     architecture = ARCHITECTURES[kind]
@@ -116,17 +112,6 @@ def _refuse_tensors(source: SourceModel, kind: str) -> str | None:
         return "llama.cpp wants a head of its own in this family, here it is the embedding"
     if not is_tied(source) and not architecture.can_untie:
         return "llama.cpp has the embedding as the head in this family, here it is another weight"
-    return None
-
-
-def _refuse_weights(model: OmniQuantModel) -> str | None:
-    """Returns which linear's codes or scales no type holds."""
-    for name, (spec, shape) in model.quantized_weights.items():
-        if spec.scale_dtype == "float32":
-            return "llama.cpp's blocks have scales in float16; set model.weights.scale_dtype to it"
-        reason = linear_refusal(spec, shape[1])
-        if reason is not None:
-            return f"{name.removesuffix('.weight')}: {reason}"
     return None
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.checkpoint import SourceModel
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.export.codes import refuse_wide_scale
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
 from omniquant_pl.export.gguf_blocks import BLOCK_TYPES, BlockType, exact_type
 from omniquant_pl.export.gguf_names import Architecture, Place
+from omniquant_pl.export.structure import is_tied
 from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.spec import WeightSpec
 
-__all__ = ["FileTensor", "GgufPlan", "is_tied", "linear_refusal", "places"]
+__all__ = ["FileTensor", "GgufPlan", "linear_refusal", "places"]
 
 _FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -71,7 +72,7 @@ class FileTensor:
     def _pack(self, part: Tensor | QuantizedWeight) -> Tensor:
         if isinstance(part, QuantizedWeight) and isinstance(self.kind, BlockType):
             assert self.spec is not None
-            self._refuse_scale(part.scale)
+            refuse_wide_scale(part, self.name)
             return self.kind.pack(self._ordered(part), self.spec)
         assert isinstance(self.kind, torch.dtype)
         values = part.dequantize() if isinstance(part, QuantizedWeight) else part.float()
@@ -84,13 +85,12 @@ class FileTensor:
         zero_point = None if weight.zero_point is None else weight.zero_point[self.rows]
         return QuantizedWeight(weight.codes[self.rows], weight.scale[self.rows], zero_point, weight.group_size)
 
-    def _refuse_scale(self, scale: Tensor) -> None:
-        if not torch.equal(scale.to(torch.float16).to(scale.dtype), scale):
-            raise ConfigurationError("model.weights.scale_dtype", f"a scale of {self.name} does not fit float16")
 
-
-def linear_refusal(spec: WeightSpec, columns: int) -> str | None:
-    """Returns why no type holds a quantized weight without rounding, ``None`` if one does."""
+def linear_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
+    """Returns why no type holds a quantized weight ``(out, in)`` without rounding, ``None`` if one does."""
+    columns = shape[1]
+    if spec.scale_dtype == "float32":
+        return "llama.cpp's blocks have scales in float16; set model.weights.scale_dtype to it"
     if _is_too_wide(spec) or exact_type(spec, columns) is not None:
         return None
     group = "one group" if spec.group_size is None else f"groups of {spec.group_size}"
@@ -100,11 +100,6 @@ def linear_refusal(spec: WeightSpec, columns: int) -> str | None:
 def _is_too_wide(spec: WeightSpec) -> bool:
     """Whether no block has as many values as ``code - zero_point``: 8 bit with zero points."""
     return exact_type(replace(spec, group_size=None), max(found.weights for found in BLOCK_TYPES)) is None
-
-
-def is_tied(source: SourceModel) -> bool:
-    """Whether the head's weight is the embedding's."""
-    return bool(source.config_json.get("tie_word_embeddings", source.config.tie_word_embeddings))
 
 
 def places(source: SourceModel, architecture: Architecture, index: int | None) -> Iterator[tuple[str, Place | None]]:

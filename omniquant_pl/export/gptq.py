@@ -14,28 +14,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from omniquant_pl import __version__, ops
+from omniquant_pl.checkpoint import Checkpoint
 from omniquant_pl.export.codes import unsigned_codes
 from omniquant_pl.export.folded import LinearWeight
 from omniquant_pl.export.format import Client
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
-from omniquant_pl.export.structure import expert_linears, rewritten_linears, unquantized_matrices
+from omniquant_pl.export.structure import (
+    expert_linears,
+    first_refusal,
+    ragged_refusal,
+    rewritten_linears,
+    unquantized_matrices,
+)
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.affine import QuantizedWeight, group_size_of
-from omniquant_pl.spec import Scheme
+from omniquant_pl.spec import Scheme, WeightSpec
 
 __all__ = ["GptqExport"]
 
 _WIDTHS = (2, 3, 4, 8)
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-_HALF_ROUNDING = 2.0**-11  # of float16, which the program keeps biases in
 
 
 @torch.no_grad()
 def _logits(folder: Path, tokens: Tensor) -> Tensor:
-    """As transformers computes them in float32, codes times scales as well, which it would otherwise round to float16.
+    """As transformers computes them with gptqmodel's kernel in float32.
+
+    gptqmodel holds scales and biases in float16, whatever dtype transformers is told. That holds our scales exactly,
+    and as they are float32 codes times scales are no more rounded. Biases, which it rounds, are read once more.
 
     Args:
         folder: An exported folder.
@@ -49,9 +59,18 @@ def _logits(folder: Path, tokens: Tensor) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for module in model.modules():
         if hasattr(module, "qweight"):
-            module.float()  # its scales and bias
+            module.float()
+    model.load_state_dict(_biases(folder, model), strict=False)
     logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
     return logits.float().cpu()
+
+
+def _biases(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Biases as they are stored, by their names in the model."""
+    checkpoint = Checkpoint(folder, "output")
+    stored = checkpoint.read(tuple(name for name in checkpoint.names() if name.endswith(".bias")))
+    own = model.state_dict().keys()
+    return {name if name in own else f"{model.base_model_prefix}.{name}": tensor for name, tensor in stored.items()}
 
 
 class GptqExport(SafetensorsExport):
@@ -62,9 +81,7 @@ class GptqExport(SafetensorsExport):
     """
 
     name = "gptq"
-    clients = (
-        Client("transformers with gptqmodel", ("transformers", "gptqmodel", "optimum"), _logits, _HALF_ROUNDING),
-    )
+    clients = (Client("transformers with gptqmodel", ("transformers", "gptqmodel", "optimum"), _logits),)
 
     @override
     def refusal(self, model: OmniQuantModel) -> str | None:
@@ -114,7 +131,8 @@ class GptqExport(SafetensorsExport):
         (bits,) = _widths(model)
         return (
             "Weights are stored as GPTQ codes, checkpoint format gptq_v2. Transformers loads them with gptqmodel and "
-            "optimum, and computes with the `torch` kernel of gptqmodel, which is exact; a faster one is chosen by "
+            "optimum, and computes with the `torch` kernel of gptqmodel, which is exact but for biases, rounded to "
+            f"float16; a faster one is chosen by "
             f'`quantization_config=GPTQConfig(bits={bits}, backend="auto")`.'
         )
 
@@ -142,12 +160,12 @@ def _shape_refusal(model: OmniQuantModel) -> str | None:
     (bits,) = widths
     if bits not in _WIDTHS:
         return f"its programs know 2, 3, 4 and 8 bit, not {bits}"
-    for name, (spec, (rows, columns)) in model.quantized_weights.items():
-        group_size = group_size_of(spec, columns)
-        if columns % group_size:
-            return f"{columns} input channels of {name} are no multiple of the group size {group_size}"
-        if bits == 3 and (rows % 32 or columns % 32):
-            return f"at 3 bit its programs read multiples of 32 channels, and {name} is {rows} by {columns}"
+    return first_refusal(model, ragged_refusal) or first_refusal(model, _word_refusal)
+
+
+def _word_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
+    if spec.bits == 3 and any(size % 32 for size in shape):
+        return f"at 3 bit its programs read multiples of 32 channels, not {' by '.join(map(str, shape))}"
     return None
 
 

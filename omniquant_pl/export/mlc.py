@@ -14,12 +14,14 @@ from typing_extensions import override
 from omniquant_pl.checkpoint import SourceModel, write_json, write_text
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.card import model_card
+from omniquant_pl.export.codes import refuse_wide_scale
 from omniquant_pl.export.folded import FoldedModel, FoldedTensors
 from omniquant_pl.export.folder import copy_companions, whole_folder
 from omniquant_pl.export.format import Client, Export
 from omniquant_pl.export.mlc_cache import write_tensor_cache
 from omniquant_pl.export.mlc_codes import pack_codes, weight_refusal
 from omniquant_pl.export.mlc_models import FAMILIES, MlcFamily, model_config, model_refusal
+from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.run_folder import RunFolder
@@ -66,7 +68,8 @@ class MlcExport(Export):
         source = model.source
         if self.dtype not in (None, "float16"):
             return f"{_QUANTIZATION} has no {self.dtype}, only float16"
-        return model_refusal(_model_type(source), source.config, _is_tied(source)) or _refuse_weights(model)
+        reason = model_refusal(model_type(source), source.config, is_tied(source))
+        return reason or first_refusal(model, weight_refusal)
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
@@ -74,28 +77,11 @@ class MlcExport(Export):
         names = [*folded.surrounding_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
         weights = sum(torch.Size(folded.shape(name)).numel() for name in names)
         with whole_folder(output) as target:
-            tensors = _tensors(source, folded, FAMILIES[_model_type(source)])
+            tensors = _tensors(source, folded, FAMILIES[model_type(source)])
             write_tensor_cache(target, tensors, weights, min(self.shard_bytes, _LARGEST_SHARD))
             copy_companions(source.folder, target)
             write_json(target / "mlc-chat-config.json", _chat_config(source, target))
             write_text(target / "README.md", model_card(model, run, _STORAGE))
-
-
-def _model_type(source: SourceModel) -> str:
-    return str(source.config_json["model_type"])
-
-
-def _is_tied(source: SourceModel) -> bool:
-    return bool(source.config_json.get("tie_word_embeddings", source.config.tie_word_embeddings))
-
-
-def _refuse_weights(model: OmniQuantModel) -> str | None:
-    """Returns which linear does not fit, and why."""
-    for name, (spec, shape) in model.quantized_weights.items():
-        reason = weight_refusal(spec, shape[1])
-        if reason is not None:
-            return f"{name.removesuffix('.weight')}: {reason}"
-    return None
 
 
 def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Iterator[tuple[str, Tensor]]:
@@ -103,7 +89,7 @@ def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Ite
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     for name, tensor in folded.surroundings():
         own = names.get(name.removeprefix("model."), name)
-        if not (name.endswith(".inv_freq") or (own == "lm_head.weight" and _is_tied(source))):
+        if not (name.endswith(".inv_freq") or (own == "lm_head.weight" and is_tied(source))):
             yield own, _half(own, tensor)
     for index in range(len(folded)):
         prefix, block = source.block_prefix(index), folded.block(index)
@@ -133,8 +119,7 @@ def _block(
 
 
 def _pack(weight: QuantizedWeight, linear: str, folded: FoldedModel) -> tuple[Tensor, Tensor]:
-    if not torch.equal(weight.scale.to(torch.float16).to(weight.scale.dtype), weight.scale):
-        raise ConfigurationError("model.weights.scale_dtype", f"a scale of {linear} does not fit float16")
+    refuse_wide_scale(weight, linear)
     return pack_codes(weight, folded.linears[linear].spec)
 
 
@@ -149,13 +134,13 @@ def _chat_config(source: SourceModel, folder: Path) -> dict[str, Any]:
     """Returns ``mlc-chat-config.json``; the keys are those of mlc_llm/protocol/mlc_chat_config.py."""
     tokenizer, config = (
         source.tokenizer,
-        model_config(_model_type(source), source.config, source.attention, _is_tied(source)),
+        model_config(model_type(source), source.config, source.attention, is_tied(source)),
     )
     generation = _read_json(folder / "generation_config.json")
     special = {key: generation.get(key, getattr(source.config, key, None)) for key in ("bos_token_id", "eos_token_id")}
     return {
         "version": "0.1.0",
-        "model_type": _model_type(source),
+        "model_type": model_type(source),
         "quantization": _QUANTIZATION,
         "model_config": config,
         "vocab_size": config["vocab_size"],

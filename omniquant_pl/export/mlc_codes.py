@@ -16,7 +16,7 @@ from omniquant_pl.export.codes import unsigned_codes
 from omniquant_pl.quant.affine import QuantizedWeight, code_limits, group_size_of
 from omniquant_pl.spec import WeightSpec
 
-__all__ = ["GROUP", "pack_codes", "stored_shapes", "weight_refusal"]
+__all__ = ["GROUP", "pack_codes", "weight_refusal"]
 
 GROUP = 32
 """Input channels that share a scale in the file."""
@@ -24,8 +24,9 @@ GROUP = 32
 _BITS, _OFFSET = 4, 7
 
 
-def weight_refusal(spec: WeightSpec, columns: int) -> str | None:
-    """Returns why weights with that many input channels do not fit without rounding, ``None`` if they do."""
+def weight_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
+    """Returns why a weight ``(out, in)`` does not fit without rounding, ``None`` if it does."""
+    columns = shape[1]
     if spec.scale_dtype == "float32":
         return "scales are float16 there; set model.weights.scale_dtype to it"
     group = group_size_of(spec, columns)
@@ -61,9 +62,3 @@ def pack_codes(weight: QuantizedWeight, spec: WeightSpec) -> tuple[Tensor, Tenso
     q = (sign * values + _OFFSET).to(torch.uint8)
     words = ops.pack(F.pad(q, (0, groups * GROUP - columns)), _BITS, "words")
     return words, sign * weight.scale[:, group].to(torch.float16)
-
-
-def stored_shapes(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the shapes of words and scales."""
-    groups = -(-columns // GROUP)
-    return (rows, groups * GROUP * _BITS // 32), (rows, groups)

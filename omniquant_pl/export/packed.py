@@ -26,14 +26,23 @@ from omniquant_pl.runtime.skeleton import PackedSkeleton
 
 __all__ = ["PackedExport"]
 
+_TOKENS = 4
+
 
 @torch.no_grad()
 def _logits(folder: Path, tokens: Tensor) -> Tensor:
-    """In float64 where activations are quantized: packed products take their sums in another order."""
+    """A few tokens at a time, as ``generate`` does: of more, products take the dequantized weight.
+
+    In float64 where activations are quantized: packed products take their sums in another order.
+    """
     quantizes = PackedFolder(folder).scheme.activations is not None
     network = load_packed(folder, torch.float64 if quantizes else torch.float32)
-    logits: Tensor = network(tokens, use_cache=False).logits
-    return logits
+    logits, past = [], None
+    for some in tokens.split(_TOKENS, dim=1):
+        output = network(some, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
 
 
 class PackedExport(SafetensorsExport):

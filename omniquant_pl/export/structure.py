@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,8 +10,45 @@ from torch import Tensor, nn
 
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant.affine import group_size_of
+from omniquant_pl.spec import WeightSpec
 
-__all__ = ["block_kinds", "expert_linears", "rewritten_linears", "row_linears", "unquantized_matrices"]
+__all__ = [
+    "block_kinds",
+    "expert_linears",
+    "first_refusal",
+    "is_tied",
+    "model_type",
+    "ragged_refusal",
+    "rewritten_linears",
+    "row_linears",
+    "unquantized_matrices",
+]
+
+
+def model_type(source: SourceModel) -> str:
+    """Returns the family, which that of the checkpoint is opened as if it is another."""
+    return str(source.config_json["model_type"])
+
+
+def is_tied(source: SourceModel) -> bool:
+    """Returns whether the head's weight is the embedding's."""
+    return bool(source.config_json.get("tie_word_embeddings", source.config.tie_word_embeddings))
+
+
+def first_refusal(model: OmniQuantModel, refusal: Callable[[WeightSpec, tuple[int, ...]], str | None]) -> str | None:
+    """Returns the first linear that a format does not hold and why, ``None`` if it holds all.
+
+    Args:
+        model: The settings.
+        refusal: Takes how a weight is quantized and its shape ``(out, in)``; says why it is not held.
+    """
+    for name, (spec, shape) in model.quantized_weights.items():
+        reason = refusal(spec, shape)
+        if reason is not None:
+            return f"{name.removesuffix('.weight')}: {reason}"
+    return None
 
 
 def block_kinds(source: SourceModel) -> Iterator[tuple[int, BlockLayout, nn.Module]]:
@@ -54,6 +91,13 @@ def unquantized_matrices(source: SourceModel) -> set[str]:
             if len(shapes[name]) == 2 and module not in layout.linears:
                 names |= {module, stored.removesuffix(".weight").partition(f".{index}.")[2]}
     return names
+
+
+def ragged_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
+    """Returns that the last group of a weight ``(out, in)`` has fewer channels than the others, if it has."""
+    columns = shape[1]
+    group_size = group_size_of(spec, columns)
+    return f"{columns} input channels are no multiple of the group size {group_size}" if columns % group_size else None
 
 
 @torch.no_grad()

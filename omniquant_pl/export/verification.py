@@ -40,26 +40,26 @@ class Verification:
 
     Args:
         export: The format.
+        tokens: Token ids ``[batch, tokens]`` to compare logits for.
 
     Raises:
         ConfigurationError: If none of them is installed.
     """
 
-    def __init__(self, export: Export) -> None:
-        self._clients = export.clients
+    def __init__(self, export: Export, tokens: Tensor) -> None:
+        self._clients, self._tokens = export.clients, tokens
         if not any(client.is_installed for client in self._clients):
             names = ", ".join(f"{client.name} ({' and '.join(client.packages)})" for client in self._clients)
             message = f"no program that loads {export.name} is installed; known: {names}"
             raise ConfigurationError("verify", message)
 
-    def run(self, model: OmniQuantModel, run: RunFolder, output: Path, tokens: Tensor) -> list[ClientResult]:
+    def run(self, model: OmniQuantModel, run: RunFolder, output: Path) -> list[ClientResult]:
         """Compares logits.
 
         Args:
             model: The run's settings.
             run: The run.
             output: The exported folder.
-            tokens: Token ids ``[batch, tokens]``.
         """
         results = []
         expected: dict[tuple[bool, torch.dtype], Tensor] = {}
@@ -67,10 +67,10 @@ class Verification:
             if not client.is_installed:
                 results.append(ClientResult(client, None))
                 continue
-            found = client.logits(output, tokens)
+            found = client.logits(output, self._tokens)
             kind = (client.quantizes_activations, found.dtype)
             if kind not in expected:
-                expected[kind] = calibrated_logits(model, run, tokens, *kind)
+                expected[kind] = calibrated_logits(model, run, self._tokens, *kind)
             error = (found - expected[kind]).norm() / expected[kind].norm()
             results.append(ClientResult(client, float(error)))
         return results

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.export import (
@@ -60,15 +61,19 @@ def export_run(
     """
     del ckpt_path, weights_only
     export = open_format(format, model, dtype, shard_bytes)
-    verification = Verification(export) if verify else None
+    verification = Verification(export, _first_window(datamodule, model)) if verify else None
     folder = trainer.run_folder.model if format == "hf" else trainer.run_folder.path / format
     folder = folder if output is None else Path(output)
     export.write(model, trainer.run_folder, folder)
     Console().print(f"{format}: {folder}", soft_wrap=True)
     if verification is not None:
-        bind(datamodule, model)
-        tokens = next(iter(datamodule.evaluation_tokens().values()))
-        results = verification.run(model, trainer.run_folder, folder, tokens[:1])
+        results = verification.run(model, trainer.run_folder, folder)
         Console().print(verification_table(results))
         refuse_differing(results)
     return folder
+
+
+def _first_window(data: CalibrationData, model: OmniQuantModel) -> Tensor:
+    """Token ids ``[1, tokens]`` of the first evaluation set."""
+    bind(data, model)
+    return next(iter(data.evaluation_tokens().values()))[:1]

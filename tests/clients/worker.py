@@ -24,16 +24,29 @@ sys.path += os.environ["OMNIQUANT_PATH"].split(os.pathsep)
 
 
 def auto_round_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """auto-round, told that zero points are stored as they are. It computes in float16 on the CPU."""
+    """auto-round's kernel in float32, told that zero points are stored as they are.
+
+    On the CPU it makes the model float16, whatever dtype it is told; what that rounds is read once more.
+    """
     import torch
+    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     kept = {key: config.quantization_config[key] for key in ("bits", "group_size", "sym")}
     config.quantization_config = kept | {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
+    model = torch.nn.Module.float(AutoModelForCausalLM.from_pretrained(folder, config=config)).eval()
+    stored = load_file(folder / "model.safetensors")
+    model.load_state_dict({name: t for name, t in stored.items() if name.endswith((".weight", ".bias"))}, strict=False)
     with torch.no_grad():
-        return model(tokens, use_cache=False).logits.float()
+        return model(tokens, use_cache=False).logits
+
+
+def transformers_logits_in_half(folder: Path, tokens: Tensor) -> Tensor:
+    """transformers told to use float32, and nothing else."""
+    from omniquant_pl.export.clients import transformers_logits
+
+    return transformers_logits(folder, tokens)
 
 
 def transformers_logits_of_gguf(folder: Path, tokens: Tensor) -> Tensor:
@@ -43,7 +56,11 @@ def transformers_logits_of_gguf(folder: Path, tokens: Tensor) -> Tensor:
     return transformers_logits(folder, tokens, gguf_file="model.gguf")
 
 
-OTHERS = {"auto-round": auto_round_logits, "transformers with gguf": transformers_logits_of_gguf}
+OTHERS = {
+    "auto-round": auto_round_logits,
+    "gptqmodel in half": transformers_logits_in_half,
+    "transformers with gguf": transformers_logits_of_gguf,
+}
 
 
 def logits_of(format_name: str, program: str) -> Callable[[Path, Tensor], Tensor]:

@@ -271,7 +271,7 @@ class TestRefusal:
         return str(CompressedTensorsExport().refusal(OmniQuantModel(str(folder), weights, **settings)))
 
     def test_schemes(self, llama: Path) -> None:
-        assert "48 input channels of model.layers.0.mlp.down_proj" in self.reason(llama, WeightSpec(4, 32))
+        assert "model.layers.0.mlp.down_proj: 48 input channels" in self.reason(llama, WeightSpec(4, 32))
         assert "symmetric activations" in self.reason(
             llama, WeightSpec(8), activations=ActivationSpec(8, symmetric=True)
         )

@@ -131,7 +131,7 @@ class TestRefusal:
         [
             (WeightSpec(5), {}, "not 5"),
             (WeightSpec(4, 8), {}, "group_size is 8"),
-            (WeightSpec(4, 32), {}, "48 input channels of model.layers.0.mlp.down_proj"),
+            (WeightSpec(4, 32), {}, "model.layers.0.mlp.down_proj: 48 input channels"),
             (WeightSpec(3, 16), {}, "multiples of 32"),
             (WeightSpec(4, bits_of={"q_proj": 8}), {}, "one width"),
             (WeightSpec(4, scale_dtype="bfloat16"), {}, "not bfloat16"),

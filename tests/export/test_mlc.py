@@ -28,7 +28,7 @@ from transformers import (
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport
 from omniquant_pl.export.mlc import MlcExport
-from omniquant_pl.export.mlc_codes import pack_codes, stored_shapes, weight_refusal
+from omniquant_pl.export.mlc_codes import pack_codes, weight_refusal
 from omniquant_pl.export.verification import Verification
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
@@ -99,9 +99,9 @@ class TestCodes:
         if symmetric:
             weight = QuantizedWeight((codes - count // 2).to(torch.int8), scale, None, size)
         spec = WeightSpec(bits, group, symmetric)
-        assert weight_refusal(spec, columns) is None
+        assert weight_refusal(spec, (2, columns)) is None
         words, scales = pack_codes(weight, spec)
-        assert (words.shape, scales.shape) == stored_shapes(2, columns)
+        assert (words.shape, scales.shape) == ((2, 4 * -(-columns // 32)), (2, -(-columns // 32)))
         found = decode(words.numpy().view(np.uint32), scales.numpy(), columns)
         assert np.array_equal(found, weight.dequantize().numpy())
 
@@ -115,10 +115,10 @@ class TestCodes:
         ],
     )
     def test_refusal(self, spec: WeightSpec, reason: str) -> None:
-        assert reason in (weight_refusal(spec, 128) or "")
+        assert reason in (weight_refusal(spec, (2, 128)) or "")
 
     def test_a_group_that_is_as_long_as_the_row_needs_no_multiple(self) -> None:
-        assert weight_refusal(WeightSpec(3, 48), 48) is None
+        assert weight_refusal(WeightSpec(3, 48), (2, 48)) is None
 
 
 def save(config: PretrainedConfig, folder: Path) -> Path:
@@ -313,7 +313,7 @@ class TestRefusal:
 
     def test_verification_says_what_is_missing(self) -> None:
         with pytest.raises(ConfigurationError, match="mlc_llm"):
-            Verification(MlcExport())
+            Verification(MlcExport(), torch.zeros(1, 2, dtype=torch.long))
 
 
 def test_rotation_unties_the_head(make_llama: Callable[..., Path], finish: Finish, tmp_path: Path) -> None:

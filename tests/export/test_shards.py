@@ -59,16 +59,16 @@ def test_a_file_is_written_as_it_is_filled(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 5)])
-def test_safetensors_reads_every_dtype_and_shape(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_safetensors_reads_every_dtype_and_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """The library's reader finds what was written."""
-    tensors = {"x": torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype), "y": torch.ones(2, dtype=dtype)}
-    writer = ShardWriter(tmp_path, {name: (tuple(t.shape), dtype) for name, t in tensors.items()}, 1000)
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    tensors = {str(dtype): numbers.to(dtype) for dtype in DTYPES} | {"last": torch.ones(2)}
+    writer = ShardWriter(tmp_path, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, 10_000)
     writer.add(tensors.items())
     writer.finish()
     loaded = load_file(tmp_path / "model.safetensors")
-    assert {name: tensor.dtype for name, tensor in loaded.items()} == dict.fromkeys(tensors, dtype)
+    assert {name: t.dtype for name, t in loaded.items()} == {name: t.dtype for name, t in tensors.items()}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 

@@ -35,7 +35,7 @@ def test_precision_of_the_program(
     run = fit(model, max_epochs=0).run_folder
     export = Export()
     export.write(model, run, tmp_path / "out")
-    (result,) = Verification(export).run(model, run, tmp_path / "out", tokens)
+    (result,) = Verification(export, tokens).run(model, run, tmp_path / "out")
     assert result.error is not None
     assert result.error <= rounding
     assert model.source.embed(tokens).dtype == torch.float32
@@ -54,6 +54,6 @@ def test_programs_that_quantize_activations_are_compared_with_what_does(
             for quantizes, logits in calibrated.items()
         )
 
-    results = Verification(Export()).run(model, run, tmp_path, tokens)
+    results = Verification(Export(), tokens).run(model, run, tmp_path)
     assert [result.error for result in results] == [0, 0]
     assert (calibrated[True] - calibrated[False]).norm() > 1e-2 * calibrated[True].norm()

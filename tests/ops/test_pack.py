@@ -159,14 +159,3 @@ def test_opcheck(bits: int, layout: str) -> None:
     torch.library.opcheck(torch.ops.omniquant_pl.pack, (codes, bits, layout))
     words = ops.pack(codes, bits, layout)
     torch.library.opcheck(torch.ops.omniquant_pl.unpack, (words, bits, 45, layout))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("columns", [1, 31, 33, 509, 4096])
-def test_cuda_equals_cpu(columns: int, bits: int, layout: str) -> None:
-    codes = torch.randint(0, 2**bits, (37, columns), dtype=torch.uint8)
-    words = ops.pack(codes.cuda(), bits, layout)
-    assert torch.equal(words.cpu(), _default_pack.pack(codes, bits, layout))
-    assert torch.equal(ops.unpack(words, bits, columns, layout).cpu(), codes)

@@ -297,17 +297,3 @@ def test_compiles_into_one_graph(backend: str) -> None:
         result = function(leaf, *weight)
         results.append((result, *torch.autograd.grad(result.sum(), leaf)))
     torch.testing.assert_close(results[1], results[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("group_size", [32, 40, 128, 5000])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 3, 16, 40])
-def test_cuda_product(bits: int, group_size: int, dtype: torch.dtype, n: int) -> None:
-    case = make_case(n, 1000, 77, bits, group_size, dtypes=(dtype, torch.float16))
-    x, words, scale, zero_point, *numbers = case.arguments
-    actual = ops.packed_linear(x.cuda(), words.cuda(), scale.cuda(), zero_point.cuda(), *numbers).cpu()
-    expected = (case.x.double() @ dequantized(case).T).to(dtype)
-    size = (case.x.double().abs() @ dequantized(case).abs().T).to(dtype)
-    assert ((actual - expected).abs() <= size * torch.finfo(dtype).eps * 4 + 1e-5 * size).all()
