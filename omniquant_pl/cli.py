@@ -24,6 +24,7 @@ from omniquant_pl.callbacks import (
     MetricsCallback,
     NumericsGuard,
     ProgressCallback,
+    ReportCallback,
     SaveConfig,
 )
 from omniquant_pl.data import CalibrationData
@@ -108,6 +109,7 @@ class OmniQuantCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ProgressCallback, "progress")
+        parser.add_lightning_class_args(ReportCallback, "report")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(NumericsGuard, "numerics")
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
@@ -116,7 +118,7 @@ class OmniQuantCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         configured = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
-        # Ends are heard in reverse: measured first, then exported, then shown.
+        # Ends are heard in reverse: measured first, then exported, reported, and shown.
         return self._instantiate_trainer(config, [*configured, MetricsCallback(), FoldCallback()])
 
     def before_fit(self) -> None:
