@@ -29,6 +29,7 @@ from omniquant_pl.callbacks import (
 )
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
+from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.refusals import in_one_line
@@ -58,6 +59,11 @@ class _Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", self)
         command = parser.prog.replace(" [options]", "")
         self.exit(2, f"error: {in_one_line(message, sys.argv[1:])}\nsee: {command} --help\n")
+
+    @override
+    def format_help(self) -> str:
+        own_settings_first(self)
+        return super().format_help()
 
     @override
     def add_method_arguments(self, *arguments: Any, **options: Any) -> Any:
@@ -113,6 +119,12 @@ class OmniQuantCLI(LightningCLI):
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(NumericsGuard, "numerics")
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        reword(parser)
+        return parser
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -205,7 +217,10 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
     Args:
         arguments: What follows the program's name; ``None`` takes the process's own.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what --help says of the fields of a dataclass
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,  # what --help says of the fields of a dataclass
+        add_print_completion_argument=True,
+    )
     return OmniQuantCLI(
         OmniQuantModel,
         CalibrationData,
@@ -216,7 +231,7 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
         seed_everything_default=2,
         auto_configure_optimizers=False,
         parser_class=_Parser,
-        parser_kwargs={"allow_abbrev": False},
+        parser_kwargs={"allow_abbrev": False, **descriptions(OmniQuantCLI.subcommands())},
         args=arguments,
     )
 

@@ -19,6 +19,11 @@ __all__ = ["render", "write_report"]
 
 _TEMPLATES = Path(__file__).parent
 
+_ABOUT_CLIPPING = (
+    "The share of its range that each row or group of a weight keeps, at both ends: the median, half of all (dark), "
+    "nine of ten (light)."
+)
+
 
 def write_report(folder: RunFolder, blocks: int | None = None, refresh_seconds: int | None = None) -> None:
     """Writes ``report.html`` into a run folder, whole or not at all.
@@ -48,8 +53,7 @@ def render(record: Record, blocks: int | None = None, refresh_seconds: int | Non
         ("Learning", "How the loss of each block falls.", loss_panels(record)),
         (
             "Clipping",
-            "The share of its range that each row or group of a weight keeps, at both ends: the median, half of all "
-            "(dark), nine of ten (light).",
+            _ABOUT_CLIPPING,
             clipping_panels(record),
         ),
         ("Activations", _about_activations(record), channel_panels(record)),
