@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from typing_extensions import override
 
 from omniquant_pl.block import BlockModule
@@ -55,7 +56,9 @@ class ProgressCallback(CalibrationCallback):
         self._started = self._learning_since = 0.0
 
     def _say(self, line: str) -> None:
-        self.console.print(line)
+        text = Text(line)  # which is no markup: paths may have brackets
+        text.highlight_regex(r"^[^:]+:", "bold")
+        self.console.print(text)
         if self._log_file is not None:
             self._log_file.write(line)
 

@@ -90,7 +90,9 @@ class OmniQuantCLI(LightningCLI):
         # Reading every signature and docstring takes most of a second for each subcommand.
         if subcommand not in self._named:
             return self.init_parser(**options)
-        return super()._prepare_subcommand_parser(klass, subcommand, **options)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        reword(parser)
+        return parser
 
     @staticmethod
     @override
@@ -119,12 +121,6 @@ class OmniQuantCLI(LightningCLI):
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(NumericsGuard, "numerics")
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
-
-    @override
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        reword(parser)
-        return parser
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -127,12 +127,14 @@ def test_the_tutorial_runs(
     quick = ["--data.samples=2", "--data.sequence_length=16", f"--data.evaluation=[{token_files[1]}]"]
     machine = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     cli.run(["fit", "--config", "w4a4.yaml", *quick, *machine])
-    assert Path("runs/w4a4/report.html").is_file()
+    report = Path("runs/w4a4/report.html")
+    written = report.stat().st_mtime_ns
     assert Path("runs/w4a4/model/config.json").is_file()
     done = [words for words in TUTORIAL if words[0] in ("test", "export", "generate")]
     assert [words[0] for words in done] == ["test", "export", "export", "generate"]
     for words in done:
         cli.run(words)
+    assert report.stat().st_mtime_ns > written  # with what test has measured
     shown = capsys.readouterr().out
     assert "gguf: out" in shown
     assert Path("out/model.gguf").read_bytes()[:4] == b"GGUF"
