@@ -2,13 +2,14 @@
 
     python scripts/screenshots.py docs/images
 
-Needs tmux and chromium. Calibrates the embedded model in a temporary folder, looks at the terminal while a block learns,
-and at the report when the run is finished.
+Needs tmux and chromium. Calibrates the embedded model in a temporary folder, looks at the terminal while a block
+learns, and at the report when the run is finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import shutil
 import subprocess
@@ -24,10 +25,10 @@ from rich.text import Text
 _TRAIN = Path(__file__).parents[1] / "train.py"
 _SHOWN = "python train.py fit --config w4a4.yaml"
 _COLUMNS, _ROWS = 132, 16
-_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run --hide-scrollbars"
-).split()
+_FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
+    *("--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+]
 
 
 def tmux(*arguments: str) -> str:
@@ -38,8 +39,7 @@ def tmux(*arguments: str) -> str:
 
 def calibrate(folder: Path) -> str:
     """Calibrates in a terminal, and returns what it shows, colours included, while the third block learns."""
-    flags = "" if sys.flags.no_site == 0 else "-S "
-    command = f"{sys.executable} {flags}{_TRAIN} fit --config w4a4.yaml; touch finished"
+    command = f"{sys.executable} {_TRAIN} fit --config w4a4.yaml; touch finished"
     tmux("new-session", "-d", "-x", str(_COLUMNS), "-y", str(_ROWS), "-c", str(folder), command)
     shown = ""
     while not (folder / "finished").exists():
@@ -62,7 +62,7 @@ def photograph(page: Path, output: Path, width: int, height: int, dark: bool = F
 
 def draw_terminal(screen: str, output: Path) -> None:
     """Draws what a terminal has shown."""
-    console = Console(record=True, width=_COLUMNS, file=Path("/dev/null").open("w"), force_terminal=True)
+    console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(f"$ {_SHOWN}\n{screen.strip()}"))
     svg = console.export_svg(title="")
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # from the network
