@@ -48,6 +48,7 @@ def render(record: Record, blocks: int | None = None, refresh_seconds: int | Non
         undefined=StrictUndefined,
     )
     environment.filters.update(number=number, scientific=scientific, size=bytes_in_words, time=seconds_in_words)
+    tasks = record.metrics.get("zero_shot", {})
     sections = [
         ("Error", "What each block loses.", error_panels(record)),
         ("Learning", "How the loss of each block falls.", loss_panels(record)),
@@ -70,6 +71,8 @@ def render(record: Record, blocks: int | None = None, refresh_seconds: int | Non
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         variants=VARIANTS,
         recovered=dict(_recovered(record.metrics.get("perplexity", {}))),
+        zero_shot=_zero_shot(tasks),
+        zero_shot_variants=list(dict.fromkeys(variant for variants in tasks.values() for variant in variants)),
         sections=[section for section in sections if section[2]],
         command=_command(record),
         content=json.dumps(record.metrics).replace("<", "\\u003c"),
@@ -82,6 +85,19 @@ def _recovered(perplexity: Mapping[str, Mapping[str, float | None]]) -> Iterator
         full, nearest, quantized = (values.get(variant) or math.nan for variant in VARIANTS)
         if nearest > full and math.isfinite(quantized):
             yield name, (nearest - quantized) / (nearest - full)
+
+
+def _zero_shot(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
+    """A row for each metric of each task: scores and their standard errors by variant."""
+    rows = []
+    for task, variants in tasks.items():
+        metrics = dict.fromkeys(metric for scores in variants.values() for metric in scores)
+        for metric in (name for name in metrics if "_stderr" not in name):
+            name, comma, of_filter = metric.partition(",")
+            error = f"{name}_stderr{comma}{of_filter}"
+            scores = {v: (found[metric], found.get(error)) for v, found in variants.items() if metric in found}
+            rows.append({"task": task, "metric": metric, "scores": scores})
+    return rows
 
 
 def _about_activations(record: Record) -> str:

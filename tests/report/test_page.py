@@ -161,6 +161,19 @@ def test_an_unfinished_run(copy: RunFolder) -> None:
     assert not any("quantized" in key for key in Reader(page).numbers if key.startswith("perplexity"))
 
 
+def test_zero_shot_tasks(copy: RunFolder) -> None:
+    scores = {"acc": 0.51239, "acc_stderr": 0.0123, "acc_norm": 0.6}
+    tasks = {"piqa": {"full_precision": scores, "quantized": {"acc": 0.5, "acc_stderr": 0.01}}}
+    copy.write_metrics(copy.read_metrics() | {"zero_shot": tasks})
+    write_report(copy)
+    page = copy.report.read_text(encoding="utf-8")
+    numbers = Reader(page).numbers
+    assert numbers["zero_shot.piqa.full_precision.acc"] == ("0.51239", "0.5124")
+    assert numbers["zero_shot.piqa.quantized.acc"] == ("0.5", "0.5000")
+    assert "zero_shot.piqa.quantized.acc_norm" not in numbers
+    assert "± 0.0123" in page
+
+
 def test_what_a_run_lacks_is_left_out(copy: RunFolder) -> None:
     """Statistics that are damaged, numbers that were not finite, nothing learned, a name that is no HTML."""
     (copy.statistics / "00000.json").write_text("{")
