@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from omniquant_pl.checkpoint import write_text
 from omniquant_pl.report.figures import channel_panels, clipping_panels, cost_panels, error_panels, loss_panels

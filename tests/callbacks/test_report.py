@@ -19,6 +19,9 @@ from omniquant_pl.spec import WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 
+pytestmark = pytest.mark.report
+
+
 class Watch(CalibrationCallback):
     """Looks at the report after every block, and ends the run after one of them."""
 
