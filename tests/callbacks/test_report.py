@@ -18,7 +18,6 @@ from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
-
 pytestmark = pytest.mark.report
 
 
