@@ -24,8 +24,8 @@ TUTORIAL = [command.words[2:] for command in OURS if command.page == "docs/tutor
 
 def with_presets(words: list[str]) -> list[str]:
     """The configuration of a run in the place that its preset gives it is that preset's."""
-    words = ["RUN.yaml" if word == "RUN/config.yaml" else word for word in words]
-    return [re.sub(r"^(?:runs/)?([\w/-]+)/config\.yaml$", r"\1.yaml", word).replace("RUN", "w4a4") for word in words]
+    found = [re.sub(r"^(?:runs/)?([\w/-]+)/config\.yaml$", r"\1.yaml", word) for word in words]
+    return ["w4a4.yaml" if word in ("RUN.yaml", "vllm.yaml") else word for word in found]
 
 
 @pytest.fixture(scope="module")
