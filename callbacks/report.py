@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
@@ -65,8 +66,9 @@ class ReportCallback(CalibrationCallback):
         assert isinstance(trainer, SequentialTrainer)
         inputs, losses = self._inputs.pop(block.index), self._losses.pop(block.index, [])
         if self.enabled and trainer.is_global_zero:
-            memory = peak_memory(trainer.strategy.root_device)
-            Record.keep(trainer.run_folder, block_statistics(block.index, block.factors, inputs, losses, memory))
+            with _at_no_cost(f"what the report says of block {block.index}"):
+                memory = peak_memory(trainer.strategy.root_device)
+                Record.keep(trainer.run_folder, block_statistics(block.index, block.factors, inputs, losses, memory))
 
     @override
     def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
@@ -82,9 +84,16 @@ class ReportCallback(CalibrationCallback):
         if not (self.enabled and trainer.is_global_zero):
             return
         started = time.monotonic()
-        try:
+        with _at_no_cost(str(trainer.run_folder.report)):
             write_report(trainer.run_folder, self._blocks, refresh_seconds=60)
-        except Exception as error:  # noqa: BLE001 (a picture that cannot be drawn must not cost a calibration)
-            _log.warning("%s could not be written: %s: %s", trainer.run_folder.report, type(error).__name__, error)
         self._written_at = time.monotonic()
         self._seconds = self._written_at - started
+
+
+@contextmanager
+def _at_no_cost(what: str) -> Iterator[None]:
+    """Warns of what could not be written: a picture must not cost a calibration."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        _log.warning("%s could not be written: %s: %s", what, type(error).__name__, error)
