@@ -66,12 +66,11 @@ def _clipping(kind: str, blocks: Sequence[BlockStatistics]) -> Panel:
     at: list[float] = [each.index for each in blocks]
     lowest, low, middle, high, highest = zip(*(each.clipping[kind] for each in blocks), strict=True)
     with panel(kind, x="block") as (drawn, axes):
-        style = {"color": CALIBRATED, "linewidth": 0}
         if len(at) == 1:  # a band needs two ends
             at = [at[0] - 0.3, at[0] + 0.3]
             lowest, low, middle, high, highest = (values * 2 for values in (lowest, low, middle, high, highest))
-        axes.fill_between(at, lowest, highest, alpha=0.2, **style)
-        axes.fill_between(at, low, high, alpha=0.35, **style)
+        axes.fill_between(at, lowest, highest, color=CALIBRATED, alpha=0.2, linewidth=0)
+        axes.fill_between(at, low, high, color=CALIBRATED, alpha=0.35, linewidth=0)
         axes.plot(at, middle, color=CALIBRATED)
         axes.set_ylim(None, 1.001)
         _whole_numbers(axes, [each.index for each in blocks])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ _SIZE = (5.0, 3.0)
 _MARGINS = {"left": 0.13, "right": 0.99, "bottom": 0.17, "top": 0.96}
 """The same for all: to measure the words first takes longer than to draw."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "omniquant",
     "font.size": 11,
