@@ -3,7 +3,7 @@
     python scripts/screenshots.py docs/images
 
 Needs tmux and chromium. Calibrates the embedded model in a temporary folder, looks at the terminal while a block
-learns, and at the report when the run is finished.
+learns, and at the report when the run is finished. Further flags are handed on to the calibration.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 _TRAIN = Path(__file__).parents[1] / "train.py"
-_SHOWN = "python train.py fit --config w4a4.yaml"
+_FIT = ["fit", "--config", "w4a4.yaml"]
 _COLUMNS, _ROWS = 132, 16
 _FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
@@ -37,17 +38,18 @@ def tmux(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def calibrate(folder: Path) -> str:
+def calibrate(folder: Path, arguments: list[str]) -> str:
     """Calibrates in a terminal, and returns what it shows, colours included, while the third block learns."""
-    command = f"{sys.executable} {_TRAIN} fit --config w4a4.yaml; touch finished"
-    tmux("new-session", "-d", "-x", str(_COLUMNS), "-y", str(_ROWS), "-c", str(folder), command)
+    command = f"{shlex.join([sys.executable, str(_TRAIN), *arguments])}; touch finished"
+    size = ["-x", str(_COLUMNS), "-y", str(_ROWS)]
+    tmux("new-session", "-d", *size, "-c", str(folder), f"{command}; sleep 5")
     shown = ""
     while not (folder / "finished").exists():
-        time.sleep(1)
-        screen = tmux("capture-pane", "-e", "-p") if not (folder / "finished").exists() else ""
-        if "block 2, epoch 1" in screen:
+        screen = tmux("capture-pane", "-e", "-p")
+        if "block 2, epoch" in screen:
             shown = screen
-    return shown
+        time.sleep(0.5)
+    return f"$ python train.py {shlex.join(arguments)}\n{shown.strip()}"
 
 
 def photograph(page: Path, output: Path, width: int, height: int, dark: bool = False) -> None:
@@ -63,7 +65,7 @@ def photograph(page: Path, output: Path, width: int, height: int, dark: bool = F
 def draw_terminal(screen: str, output: Path) -> None:
     """Draws what a terminal has shown."""
     console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True)
-    console.print(Text.from_ansi(f"$ {_SHOWN}\n{screen.strip()}"))
+    console.print(Text.from_ansi(screen))
     svg = console.export_svg(title="")
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # from the network
     match = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
@@ -88,11 +90,12 @@ def main() -> None:
     """Takes all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    output: Path = parser.parse_args().output
+    known, further = parser.parse_known_args()
+    output: Path = known.output
     output.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp())
     try:
-        draw_terminal(calibrate(folder), output / "terminal.png")
+        draw_terminal(calibrate(folder, [*_FIT, *further]), output / "terminal.png")
         report = folder / "runs" / "w4a4" / "report.html"
         photograph(report, output / "report-light.png", 1240, 1500)
         photograph(report, output / "report-dark.png", 1240, 1500, dark=True)
