@@ -25,7 +25,7 @@ from rich.text import Text
 
 _TRAIN = Path(__file__).parents[1] / "train.py"
 _FIT = ["fit", "--config", "w4a4.yaml"]
-_COLUMNS, _ROWS = 132, 16
+_COLUMNS, _ROWS = 150, 14
 _FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
     *("--disable-component-update", "--disable-sync", "--hide-scrollbars"),
@@ -59,7 +59,7 @@ def photograph(page: Path, output: Path, width: int, height: int, dark: bool = F
         options = [f"--user-data-dir={profile}", f"--window-size={width},{height}", scheme, f"--screenshot={output}"]
         command = ["chromium", *_FLAGS, *options, f"file://{page}"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
-    Image.open(output).convert("RGB").quantize(128).save(output, optimize=True)
+    Image.open(output).convert("RGB").quantize(256).save(output, optimize=True)
 
 
 def draw_terminal(screen: str, output: Path) -> None:

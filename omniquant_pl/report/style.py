@@ -100,7 +100,7 @@ def depth_colour(position: float) -> str:
     import matplotlib as mpl
     from matplotlib.colors import to_hex
 
-    return str(to_hex(mpl.colormaps["plasma"](0.25 + 0.55 * position)))
+    return str(to_hex(mpl.colormaps["plasma"](0.32 + 0.48 * position)))
 
 
 def _inline(svg: str, title: str) -> str:
