@@ -10,7 +10,7 @@ CLIENTS := .venv-clients
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 
 .DEFAULT_GOAL := help
-.PHONY: help install fit test test-clients lint format types contract native check clean FORCE
+.PHONY: help install fit test test-clients lint format types contract native docs check clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,10 +53,16 @@ native: $(CMAKE)  ## C++ and, where nvcc is found, CUDA, with warnings as errors
 	$(CMAKE) -S . -B $(NATIVE) -DOMNIQUANT_WERROR=ON
 	$(CMAKE) --build $(NATIVE) --parallel
 
-check: test lint types contract native  ## all of the above, as CI does
+docs: $(TREE) $(BIN)/mkdocs  ## the pages of docs/ into build/docs, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+check: test lint types contract native docs  ## all of the above, as CI does
 
 clean:  ## remove builds and caches; the environment stays
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/mkdocs: | $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 
 $(BIN)/cmake: | $(BIN)/python
 	$(BIN)/python -m pip install -q cmake

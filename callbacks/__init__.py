@@ -1,4 +1,4 @@
-"""What happens around the calibration: folding, files, measurements, progress, numerics."""
+"""What happens around the calibration: folding, files, measurements, report, progress, numerics."""
 
 from omniquant_pl.callbacks.best import KeepBestState
 from omniquant_pl.callbacks.checkpoint import CheckpointCallback
@@ -8,6 +8,7 @@ from omniquant_pl.callbacks.fold import FoldCallback
 from omniquant_pl.callbacks.metrics import MetricsCallback
 from omniquant_pl.callbacks.numerics import NumericsGuard
 from omniquant_pl.callbacks.progress import ProgressCallback
+from omniquant_pl.callbacks.report import ReportCallback
 
 __all__ = [
     "CheckpointCallback",
@@ -17,5 +18,6 @@ __all__ = [
     "MetricsCallback",
     "NumericsGuard",
     "ProgressCallback",
+    "ReportCallback",
     "SaveConfig",
 ]

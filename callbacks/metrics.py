@@ -93,9 +93,12 @@ class MetricsCallback(CalibrationCallback):
             return
         trainer.announce("on_evaluation_start", variant)
         started = time.perf_counter()
-        for name, value in trainer.evaluation(model).measure(variant).items():
+        perplexities = trainer.evaluation(model).measure(variant)
+        seconds = time.perf_counter() - started
+        for name, value in perplexities.items():
             self.metrics["perplexity"][name][variant] = value
-        self.metrics["seconds"]["evaluation"] += time.perf_counter() - started
+        self.metrics["seconds"]["evaluation"] += seconds
+        trainer.announce("on_evaluation_end", variant, perplexities, seconds)
 
     def _write(self, trainer: Trainer) -> None:
         assert isinstance(trainer, SequentialTrainer)

@@ -176,6 +176,7 @@ class Calibration:
         with observe_inputs(original, linears) as inputs, observe_samples(original, sampled) as samples:
             target = self._engine.map(partial(call, original), hidden, splits=not sampled)
         del original
+        self._engine.announce("on_inputs_observed", index, inputs)
         rows = {name: found.rows for name, found in samples.items()}
         block = self._model.block(index, tensors, call, inputs, rows, self._engine.device)
         self._leave_unreached(block, inputs)

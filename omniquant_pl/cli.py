@@ -24,10 +24,12 @@ from omniquant_pl.callbacks import (
     MetricsCallback,
     NumericsGuard,
     ProgressCallback,
+    ReportCallback,
     SaveConfig,
 )
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
+from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.refusals import in_one_line
@@ -58,6 +60,11 @@ class _Parser(LightningArgumentParser):
         self.exit(2, f"error: {in_one_line(message, sys.argv[1:])}\nsee: {command} --help\n")
 
     @override
+    def format_help(self) -> str:
+        own_settings_first(self)
+        return super().format_help()
+
+    @override
     def add_method_arguments(self, *arguments: Any, **options: Any) -> Any:
         # A group for them would have the method's name, and there is an export section besides.
         return super().add_method_arguments(*arguments, **{**options, "as_group": False})
@@ -82,7 +89,9 @@ class OmniQuantCLI(LightningCLI):
         # Reading every signature and docstring takes most of a second for each subcommand.
         if subcommand not in self._named:
             return self.init_parser(**options)
-        return super()._prepare_subcommand_parser(klass, subcommand, **options)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        reword(parser)
+        return parser
 
     @staticmethod
     @override
@@ -107,6 +116,7 @@ class OmniQuantCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ProgressCallback, "progress")
+        parser.add_lightning_class_args(ReportCallback, "report")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(NumericsGuard, "numerics")
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
@@ -115,7 +125,7 @@ class OmniQuantCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         configured = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
-        # Ends are heard in reverse: measured first, then exported, then shown.
+        # Ends are heard in reverse: measured first, then exported, reported, and shown.
         return self._instantiate_trainer(config, [*configured, MetricsCallback(), FoldCallback()])
 
     def before_fit(self) -> None:
@@ -201,7 +211,10 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
     Args:
         arguments: What follows the program's name; ``None`` takes the process's own.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what --help says of the fields of a dataclass
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,  # what --help says of the fields of a dataclass
+        add_print_completion_argument=True,
+    )
     return OmniQuantCLI(
         OmniQuantModel,
         CalibrationData,
@@ -212,7 +225,7 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
         seed_everything_default=2,
         auto_configure_optimizers=False,
         parser_class=_Parser,
-        parser_kwargs={"allow_abbrev": False},
+        parser_kwargs={"allow_abbrev": False, **descriptions(OmniQuantCLI.subcommands())},
         args=arguments,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 if TYPE_CHECKING:
     from omniquant_pl.model import OmniQuantModel
+    from omniquant_pl.quant import ChannelRange
     from omniquant_pl.quantized_block import QuantizedBlock
 
 __all__ = ["BlockResult", "CalibrationCallback"]
@@ -56,8 +58,16 @@ class CalibrationCallback(Callback):
     def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
         """The perplexity of a variant of the model is about to be measured."""
 
+    def on_evaluation_end(
+        self, trainer: Trainer, variant: str, perplexities: Mapping[str, float], seconds: float
+    ) -> None:
+        """It has been measured: perplexity by name of the evaluation set, and how long that took."""
+
     def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
         """A block that was finished before an interruption is behind both streams again."""
+
+    def on_inputs_observed(self, trainer: Trainer, index: int, inputs: Mapping[str, ChannelRange]) -> None:
+        """The calibration set has passed a block in full precision: the input ranges of its linears, by name."""
 
     def on_block_start(self, trainer: Trainer, block: QuantizedBlock) -> None:
         """A block's factors are initialised; Lightning's fit hooks come next."""

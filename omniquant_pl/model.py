@@ -36,7 +36,9 @@ _NOT_DECIDING = ("self", "__class__", "path", "activation_budget", "trust_remote
 
 
 class OmniQuantModel(LightningModule):
-    """What to quantize and how. It has no parameters itself; every block becomes a :class:`QuantizedBlock`.
+    """What to quantize and how.
+
+    It has no parameters itself; every block becomes a :class:`QuantizedBlock`.
 
     Args:
         path: Name of an embedded checkpoint (tiny-llama), a local model folder, or a hub id owner/name.

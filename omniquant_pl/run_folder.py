@@ -55,6 +55,8 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.blocks = path / "blocks"
         self.model = path / "model"
+        self.report = path / "report.html"
+        self.statistics = path / "statistics"
         self.streams = path / "streams"
         self.checkpoint = path / "last.ckpt"
         self.window = path / "window.ckpt"
@@ -84,14 +86,14 @@ class RunFolder:
 
     def _remove_parts(self) -> None:
         """Deletes what a process that was killed had begun to write."""
-        for folder in (self.path, self.blocks, self.streams):
+        for folder in (self.path, self.blocks, self.streams, self.statistics):
             for path in folder.glob(".*.part"):
                 path.unlink()
 
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
         shutil.rmtree(self.streams, ignore_errors=True)
-        left = (self.blocks, self.model, self.metrics, *self._checkpoints())
+        left = (self.blocks, self.model, self.metrics, self.report, self.statistics, *self._checkpoints())
         found = [path for path in left if path.exists()]
         if not found:
             return

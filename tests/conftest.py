@@ -180,6 +180,13 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Callable[[OmniQuantModel
 
 
 @pytest.fixture(autouse=True)
+def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes seconds: only tests that look at it have it drawn."""
+    if request.node.get_closest_marker("report") is None:
+        monkeypatch.setattr("omniquant_pl.callbacks.report.write_report", lambda *_, **__: None)
+
+
+@pytest.fixture(autouse=True)
 def _own_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the seed that a test's command line sets from the tests after it."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "2")

@@ -48,7 +48,7 @@ from transformers import (
 
 from kept_blocks import KeepBlocks
 from omniquant_pl.arch import family_of, registered_families
-from omniquant_pl.callbacks import FoldCallback, KeepBestState, MetricsCallback, NumericsGuard
+from omniquant_pl.callbacks import FoldCallback, KeepBestState, MetricsCallback, NumericsGuard, ReportCallback
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.export import HfExport
@@ -447,7 +447,14 @@ class Run:
             np.save(files[name], tokens)
         self.model = make_model(self.source, self.drawn)
         self.trainer = SequentialTrainer(
-            callbacks=[NumericsGuard(), FoldCallback(), MetricsCallback(), self.keep, *self.callbacks],
+            callbacks=[
+                ReportCallback(),
+                NumericsGuard(),
+                FoldCallback(),
+                MetricsCallback(),
+                self.keep,
+                *self.callbacks,
+            ],
             default_root_dir=self.folder / "run",
             accelerator="cpu",
             logger=False,
@@ -470,9 +477,23 @@ class Run:
         """What holds of every run."""
         self.check_numbers()
         self.check_files()
+        self.check_statistics()
         for block in self.keep.blocks:
             self.check_codes(block)
         self.check_exported_weights()
+
+    def check_statistics(self) -> None:
+        """What the report shows of every block: all linears, each once, with numbers that are finite."""
+        for block, layout in zip(self.keep.blocks, self.model.source.layouts, strict=True):
+            kept = json.loads((self.trainer.run_folder.statistics / f"{block.index:05d}.json").read_text())
+            nulls = {name.rpartition(".")[2] for name, value in numbers_in(kept) if value is None}
+            assert nulls <= {"after", "median_after"}  # where nothing transforms
+            assert all(value >= 0 for _, value in numbers_in(kept) if value is not None)
+            linears = {re.sub(r"\.\d+(?=\.)", ".*", name) for name in layout.linears}
+            readers = [name for each in kept["inputs"] for name in each["readers"]]
+            assert len(readers) == len(set(readers))
+            assert set(readers) <= linears  # experts that no token reached read nothing
+            assert set(kept["clipping"]) in ({}.keys(), linears)
 
     def check_numbers(self) -> None:
         metrics = json.loads(self.trainer.run_folder.metrics.read_text())

@@ -7,6 +7,7 @@ from rich.console import Console
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.evaluate import VARIANTS, perplexity_table
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.report import write_report
 from omniquant_pl.trainer.run import RunTrainer
 
 __all__ = ["measure_run"]
@@ -29,7 +30,8 @@ def measure_run(
         weights_only: Likewise.
 
     Returns:
-        Perplexity by name of the evaluation set and variant, which ``metrics.json`` holds from now on as well.
+        Perplexity by name of the evaluation set and variant, which ``metrics.json`` and ``report.html`` hold from
+        now on as well.
 
     Raises:
         ConfigurationError: If the run is not finished or does not fit the settings.
@@ -43,5 +45,7 @@ def measure_run(
             perplexities.setdefault(name, {})[variant] = value
     metrics = trainer.run_folder.read_metrics()
     trainer.run_folder.write_metrics(metrics | {"perplexity": metrics.get("perplexity", {}) | perplexities})
+    if trainer.run_folder.report.is_file():
+        write_report(trainer.run_folder)
     Console().print(perplexity_table(perplexities))
     return perplexities

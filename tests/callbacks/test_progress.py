@@ -48,8 +48,13 @@ def test_lines_where_there_is_no_terminal(seen: Callable[..., str], tmp_path: Pa
         numbers = re.findall(r"\d\.\d\de[+-]\d\d", line)
         assert len(numbers) == 4  # error, that of round-to-nearest, loss before and after
         assert "3 epochs" in line
+    assert re.search(r"; 1 to go, about [\d.]+ s$", blocks[0])
+    assert "to go" not in blocks[1]
+    assert all(re.search(r", \d+ MB|, [\d.]+ GB", line) for line in blocks)
+    for variant in ("full precision", "round to nearest", "quantized"):
+        assert re.search(rf"^perplexity, {variant}: evaluation \d+\.\d\d; [\d.]+ s$", out, re.MULTILINE)
     assert re.search(r"evaluation\D+[\d.]+\D+[\d.]+\D+[\d.]+", out)
-    assert lines[-1] == f"finished: {tmp_path / 'run'}"
+    assert re.fullmatch(rf"finished in [\d.]+ s: {re.escape(str(tmp_path / 'run'))}", lines[-1])
 
 
 def test_quiet_writes_nothing(seen: Callable[..., str]) -> None:
@@ -63,4 +68,4 @@ def test_bars_on_a_terminal(seen: Callable[..., str]) -> None:
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
     assert re.search(r"blocks .* 2/2", plain)
     assert re.search(r"steps .* 18/18", plain)  # three epochs of six
-    assert re.search(r"epoch 3, loss \d\.\d{3}e[+-]\d\d", plain)
+    assert re.search(r"block 1, epoch 3, loss \d\.\d{3}e[+-]\d\d", plain)
