@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib import import_module
 import time
 from typing import Any
 
@@ -41,6 +42,7 @@ class BitsAndBytesBlocks:
     """
 
     def __init__(self, source: SourceModel, kind: str, device: torch.device) -> None:
+        import_module("bitsandbytes")  # slow, and no part of quantizing
         self._source = source
         self._make = {"nf4": _nf4, "int8": _int8}[kind]
         self._device = device

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["Row", "comparison_table", "markdown_table", "row_of"]
 
@@ -75,16 +77,19 @@ def _sets(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.perplexity))
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
-    """Returns a table for the terminal, one method a row, its perplexities by evaluation set."""
+def comparison_table(rows: Sequence[Row]) -> Group:
+    """Returns a table for the terminal, one method a row, its perplexities by evaluation set; notes stand below it."""
     sets = _sets(rows)
-    table = Table(caption=_CAPTION)
-    for number, head in enumerate(_heads(sets)):
-        is_text = number in (0, len(sets) + 5)
-        table.add_column(head, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    table = Table("method")
+    for head in _heads(sets)[1:-1]:
+        table.add_column(head, justify="right", no_wrap=True)
+    notes = [row for row in rows if row.note]
     for row in rows:
-        table.add_row(*_cells(row, sets))
-    return table
+        title, *figures, _ = _cells(row, sets)
+        mark = f" ({notes.index(row) + 1})" if row.note else ""
+        table.add_row(Text(title + mark), *figures)
+    lines = [Text(f"({number}) {row.note}") for number, row in enumerate(notes, 1)]
+    return Group(table, Text("perplexity: lower is better; s: quantizing alone; MB: packed"), *lines)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -93,5 +98,3 @@ def markdown_table(rows: Sequence[Row]) -> str:
     lines = [_heads(sets), ["---", *["---:"] * (len(sets) + 4), "---"], *(_cells(row, sets) for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
 
-
-_CAPTION = "perplexity by evaluation set, lower is better; s: quantizing alone"
