@@ -53,8 +53,8 @@ class OmniQuantModel(LightningModule):
         weight_decay: AdamW weight decay of all factors.
         activation_dtype: What the hidden states between blocks are stored in.
         activation_budget: Memory that they may take; results do not depend on it.
-        parameters: Run folder, or omni_parameters.pth of the original implementation, whose learned factors are the
-            starting point; null starts from the calibration set.
+        parameters: Run folder, factors.safetensors of an export, or omni_parameters.pth of the original implementation,
+            whose learned factors are the starting point; null starts from the calibration set.
         trust_remote_code: Let Python code that comes with the checkpoint run.
     """
 
