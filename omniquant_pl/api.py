@@ -47,7 +47,7 @@ def quantize(
             take; ``None``: one that is deleted in the end.
 
     Returns:
-        The calibrated model in the dtype of the one that was given, its weights dequantized. In float32 they are exactly
+        The calibrated model in the dtype of the one that was given, its weights dequantized: in float32 exactly
         ``(code - zero point) * scale``. Activations are not quantized, whatever the scheme.
 
     Raises:

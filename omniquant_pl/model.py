@@ -102,7 +102,7 @@ class OmniQuantModel(LightningModule):
         self.activation_dtype: torch.dtype = getattr(torch, activation_dtype)
         self.activation_budget = activation_budget
         self._start_from = parameters
-        self._trust_remote_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code
 
     @cached_property
     def source(self) -> SourceModel:
@@ -111,13 +111,13 @@ class OmniQuantModel(LightningModule):
         Raises:
             ConfigurationError: If it cannot be used.
         """
-        return SourceModel(locate_model(self.path, self._trust_remote_code), self._trust_remote_code, self.rotation)
+        return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code, self.rotation)
 
     def unrotated(self) -> SourceModel:
         """Returns the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""
         if self.rotation is None:
             return self.source
-        return SourceModel(locate_model(self.path, self._trust_remote_code), self._trust_remote_code)
+        return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code)
 
     @cached_property
     def start(self) -> StartingPoint:

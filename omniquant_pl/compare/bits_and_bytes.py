@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib import import_module
 import time
+from importlib import import_module
 from typing import Any
 
 import torch

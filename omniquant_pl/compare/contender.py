@@ -32,11 +32,6 @@ class Bench:
     device: str
     """Where to compute, such as ``cpu`` or ``cuda:0``."""
 
-    @property
-    def trusts_code(self) -> bool:
-        """Whether code that comes with the model may run."""
-        return bool(self.config["model"]["trust_remote_code"])
-
     def write_evaluation(self, folder: Path) -> Path:
         """Writes the evaluation sets into a folder, for another process, and returns the file."""
         path = folder / "evaluation.safetensors"

@@ -35,7 +35,7 @@ def measure_apart(bench: Bench, folder: Path, model: Path, kind: str = AS_IT_IS)
     result = folder / "measured.json"
     command = [sys.executable, "-m", "omniquant_pl.compare.measure", f"--kind={kind}", f"--model={model}"]
     command += [f"--tokens={bench.write_evaluation(folder)}", f"--output={result}", f"--device={bench.device}"]
-    command += ["--trust-remote-code"] if bench.trusts_code else []
+    command += ["--trust-remote-code"] if bench.model.trust_remote_code else []
     finished = run_logged(command, folder / "measure.txt")
     if finished.failure is not None:
         raise CalibrationError(finished.failure)

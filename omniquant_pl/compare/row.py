@@ -69,7 +69,9 @@ def _perplexity(values: Mapping[str, float | None], name: str) -> str:
 
 
 def _memory(peak: Mapping[str, int]) -> str:
-    shown = [f"{bytes_ / 1e6:.0f}{'' if place == 'host' else f' ({place})'}" for place, bytes_ in peak.items() if bytes_]
+    shown = [
+        f"{bytes_ / 1e6:.0f}{'' if place == 'host' else f' ({place})'}" for place, bytes_ in peak.items() if bytes_
+    ]
     return " + ".join(shown)
 
 
@@ -97,4 +99,3 @@ def markdown_table(rows: Sequence[Row]) -> str:
     sets = _sets(rows)
     lines = [_heads(sets), ["---", *["---:"] * (len(sets) + 4), "---"], *(_cells(row, sets) for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
-

@@ -117,8 +117,8 @@ def _zero_shot(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     rows = [
         f"| {task}, {metric} | {' | '.join(_scored(values[v], metric) if v in values else '' for v in variants)} |"
         for task, values in tasks.items()
-        for metric in values["quantized"]
-        if not metric.endswith("_stderr")
+        for metric in values.get("quantized", {})
+        if "_stderr" not in metric
     ]
     return "\n".join(["", "| zero-shot | full precision | calibrated |", "|---|---|---|", *rows, ""]) if rows else ""
 

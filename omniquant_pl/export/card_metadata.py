@@ -60,8 +60,8 @@ def _results(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if values.get("quantized") is not None:
             yield _result(name, "perplexity", values["quantized"])
     for task, values in metrics.get("zero_shot", {}).items():
-        for metric, value in values["quantized"].items():
-            if not metric.endswith("_stderr"):
+        for metric, value in values.get("quantized", {}).items():
+            if "_stderr" not in metric:
                 yield _result(task, metric, value)
 
 

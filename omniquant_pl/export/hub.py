@@ -61,5 +61,7 @@ def _in_one_line(name: str) -> Iterator[None]:
         reasons[403] = f"the token may not write to {name}; it needs the right to write, and {name} to be yours"
         reason = reasons.get(code, error.server_message or str(error).splitlines()[0])
         raise ConfigurationError("push", f"the hub answered {code}: {reason}") from error
+    except ValueError as error:  # the hub does not take the card
+        raise ConfigurationError("push", " ".join(str(error).split())) from error
     except (NetworkError, OSError) as error:
         raise ConfigurationError("push", f"the hub cannot be reached: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from auto_round import AutoRound
 from torch import Tensor
 from transformers import AutoTokenizer
+
 from omniquant_pl.peers.task import Task, work
 
 BATCH = 8

@@ -9,6 +9,7 @@ os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # read when it is imported; without i
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization import FORMAT
 from torch import Tensor
+
 from omniquant_pl.peers.task import Task, work
 
 

@@ -12,6 +12,7 @@ from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor
 from torch.utils.data import DataLoader
+
 from omniquant_pl.peers.task import Task, block_linears, work
 
 # llm-compressor has no pairs for OPT of its own; these are the ones of the AWQ paper's code.
