@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -72,7 +72,7 @@ class Comparison:
             methods: Their names, in the order of the rows; ``None`` for all. Full precision comes first.
 
         Returns:
-            One row a method.
+            One row a method; those of earlier comparisons that still hold stay in the file.
 
         Raises:
             ConfigurationError: If there is no such method, or one is named twice.
@@ -81,29 +81,27 @@ class Comparison:
         names = list(contenders) if methods is None else list(methods)
         if not names or len(set(names)) < len(names):
             raise ConfigurationError("methods", f"{names} names none, or one twice; accepted: {', '.join(contenders)}")
-        chosen: list[Contender] = [FullPrecision(), *(contenders[name] for name in names)]
-        kept = self._kept()
-        rows: list[Row] = []
-        for contender in chosen:
-            rows.append(self._row(contender, kept))
-            left = [kept[later.name] for later in chosen[len(rows) :] if later.name in kept]
-            self._write([*rows, *left])
-        return rows
+        contenders = {entry.name: entry for entry in (FullPrecision(), *contenders.values())}
+        chosen = [FullPrecision.name, *names]
+        rows = self._kept(contenders)
+        for name in chosen:
+            if name in rows:
+                self._console.print(f"{rows[name].title}: measured before")
+            else:
+                rows[name] = self._row(contenders[name])
+            self._write([rows[method] for method in contenders if method in rows])
+        return [rows[name] for name in chosen]
 
-    def _row(self, contender: Contender, kept: dict[str, Row]) -> Row:
-        bench, empty = self._bench, Row(contender.name, contender.title)
-        reason = contender.refusal(bench)
+    def _row(self, contender: Contender) -> Row:
+        empty = Row(contender.name, contender.title)
+        reason = contender.refusal(self._bench)
         if reason is not None:
             return replace(empty, note=reason)
         fingerprint = self._fingerprint(contender)
-        known = kept.get(contender.name)
-        if known is not None and known.fingerprint == fingerprint:
-            self._console.print(f"{contender.title}: measured before")
-            return known
         folder = self._folder(contender, fingerprint)
         self._console.print(f"{contender.title}: running, log in {folder}")
         try:
-            row = contender.measure(bench, folder)
+            row = contender.measure(self._bench, folder)
         except CalibrationError as error:
             return replace(empty, note=f"failed: {error}")
         return replace(row, note=contender.note, fingerprint=fingerprint)
@@ -130,14 +128,19 @@ class Comparison:
             write_text(mark, fingerprint)
         return folder
 
-    def _kept(self) -> dict[str, Row]:
-        """What an earlier comparison has measured, by method; nothing where the file is damaged."""
+    def _kept(self, contenders: Mapping[str, Contender]) -> dict[str, Row]:
+        """What an earlier comparison has measured and still holds, by method; nothing where the file is damaged."""
         try:
             content: dict[str, Any] = json.loads(self._json.read_text(encoding="utf-8"))
             found = [row_of(entry) for entry in content["rows"]]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}
-        return {row.method: row for row in found if row is not None and row.is_measured}
+        return {row.method: row for row in found if row is not None and self._holds(row, contenders.get(row.method))}
+
+    def _holds(self, row: Row, contender: Contender | None) -> bool:
+        if contender is None or not row.is_measured or contender.refusal(self._bench) is not None:
+            return False
+        return row.fingerprint == self._fingerprint(contender)
 
     def _write(self, rows: Sequence[Row]) -> None:
         model, data = self._bench.model, self._bench.config["data"]

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from omniquant_pl.cli import run
 from omniquant_pl.compare import fits
-from omniquant_pl.compare.methods import METHODS
 from omniquant_pl.compare.process import Finished
 
 
@@ -63,7 +62,8 @@ def test_a_method_is_a_fit_of_its_own(
         return Finished(1.0, 1, None)
 
     monkeypatch.setattr(fits, "run_logged", run_here)
-    monkeypatch.setattr("omniquant_pl.compare.comparison.FullPrecision", lambda: fits.Fit("gptq", METHODS["gptq"]))
+    measured_here = {"perplexity": {"evaluation": 1.0}}
+    monkeypatch.setattr("omniquant_pl.compare.measured.measure_apart", lambda *_: measured_here)
     rows = compare(llama, token_files, "[paper]", "--model.rounding=gptq", "--trainer.max_epochs=1")
     metrics = json.loads(Path("run/compare/paper/metrics.json").read_text())
     assert [block["epochs"] for block in metrics["blocks"]] == [20, 20]
