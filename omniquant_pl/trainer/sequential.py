@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from omniquant_pl.fingerprint import fingerprint
 from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.interruption import Interruption, is_requeued
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.trainer.comparing import compare_methods
 from omniquant_pl.trainer.exporting import export_run
 from omniquant_pl.trainer.generating import generate_text
 from omniquant_pl.trainer.run import RunTrainer, seed
@@ -50,7 +50,6 @@ class SequentialTrainer(RunTrainer):
         super().__init__(max_epochs=max_epochs, **options)
         self.epochs_per_block = max_epochs
         self.interruption = Interruption()
-        self.settings: Mapping[str, Any] = {}
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
         self.first_epoch = 0
@@ -61,6 +60,7 @@ class SequentialTrainer(RunTrainer):
     test = measure_run  # type: ignore[assignment]
     export = export_run
     generate = generate_text
+    compare = compare_methods
 
     @property
     @override
