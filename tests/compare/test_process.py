@@ -47,13 +47,14 @@ def stop_soon(tmp_path: Path) -> Iterator[None]:
     """Sends this process a signal whose handler raises, when the other one is there."""
 
     def stop(number: int, frame: Any) -> None:
-        raise InterruptedError(number)
+        raise TimeoutError(number)
 
     def send() -> None:
         while not (tmp_path / "ready").exists():
             time.sleep(0.01)
-        signal.raise_signal(signal.SIGUSR2)
+        signal.pthread_kill(main, signal.SIGUSR2)
 
+    main = threading.get_ident()
     previous = signal.signal(signal.SIGUSR2, stop)
     thread = threading.Thread(target=send)
     thread.start()
@@ -73,6 +74,6 @@ signal.signal(signal.SIGTERM, keep)
 (folder / "ready").touch()
 time.sleep(60)
 """
-    with pytest.raises(InterruptedError):
+    with pytest.raises(TimeoutError):
         run(code, tmp_path)
     assert (tmp_path / "kept").exists()
