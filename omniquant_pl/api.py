@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from omniquant_pl.cli import quieten, run
@@ -61,8 +61,10 @@ def quantize(
         given: dict[str, Any] = {"model.path": str(source), "trainer.default_root_dir": str(folder)}
         given |= _data(calibration, folder) | {"data.evaluation": [], "progress.quiet": True} | dict(settings or {})
         _fit(scheme, given | {"export.format": "hf"})
-        quantized = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=model.dtype)
-    return cast(PreTrainedModel, quantized.to(model.device).eval())
+        quantized: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=model.dtype)
+    nn.Module.to(quantized, model.device)
+    quantized.eval()
+    return quantized
 
 
 @contextmanager

@@ -57,4 +57,6 @@ def _load(
         )
     except _NO_MODEL as error:
         raise ConfigurationError(key, f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
-    return torch.nn.Module.to(model, device).eval()
+    torch.nn.Module.to(model, device)
+    model.eval()
+    return model

@@ -28,7 +28,9 @@ def card_metadata(model: OmniQuantModel, metrics: Mapping[str, Any], library: st
     """
     from huggingface_hub import EvalResult, ModelCardData  # slow to import
 
-    origin = {"base_model": model.path, "base_model_relation": "quantized"} if is_hub_id(model.path) else {}
+    origin: dict[str, Any] = (
+        {"base_model": model.path, "base_model_relation": "quantized"} if is_hub_id(model.path) else {}
+    )
     weights = model.scheme.weights
     data = ModelCardData(
         **origin,

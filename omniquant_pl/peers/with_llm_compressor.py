@@ -48,14 +48,14 @@ def compress(task: Task) -> dict[str, Tensor]:
     oneshot(
         model=model,
         recipe=recipe(task, model.config.model_type),
-        dataset=DataLoader(samples, batch_size=1),
+        dataset=DataLoader(samples, batch_size=1),  # type: ignore[arg-type]
         num_calibration_samples=len(samples),
         max_seq_length=task.tokens.shape[1],
         pipeline="sequential",
     )
     parameters = dict(model.state_dict())
     for name, linear in block_linears(model).items():
-        scheme = linear.quantization_scheme.weights
+        scheme = linear.quantization_scheme.weights  # type: ignore[union-attr] # of compressed-tensors
         parameters[f"{name}.weight"] = forward_quantize(linear, linear.weight.detach(), "weight", scheme)
     return parameters
 

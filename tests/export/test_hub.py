@@ -82,21 +82,27 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         server.shutdown()
 
 
-@pytest.fixture
-def finished(llama: Path, token_files: tuple[Path, Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def finished(llama: Path, token_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a finished run."""
     calibration, evaluation = token_files
+    folder = tmp_path_factory.mktemp("run")
     data = [f"--data.dataset={calibration}", "--data.samples=6", f"--data.evaluation=[{evaluation}]"]
-    trainer = ["--trainer.max_epochs=0", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    trainer = ["--trainer.max_epochs=0", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"]
     options = [*data, *trainer, "--progress.quiet=true", "--export.format=null"]
     run(["fit", "--config=w4a16.yaml", f"--model.path={llama}", *options])
-    return tmp_path / "run" / "config.yaml"
+    return folder / "config.yaml"
 
 
-def test_every_file_arrives(hub: Hub, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["export", f"--config={finished}", "--format=packed", "--push=owner/name", "--private=true"])
-    folder = finished.parent / "packed"
-    assert hub.files() == {path.name: path.read_bytes() for path in folder.iterdir()}
+@pytest.fixture
+def arguments(finished: Path, tmp_path: Path) -> list[str]:
+    """Of an export to `out`."""
+    return ["export", f"--config={finished}", "--format=packed", f"--output={tmp_path / 'out'}"]
+
+
+def test_every_file_arrives(hub: Hub, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run([*arguments, "--push=owner/name", "--private=true"])
+    assert hub.files() == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "config.json", "README.md"} <= set(hub.files())
     (created,) = hub.created
     assert (created["organization"], created["name"]) == ("owner", "name")
@@ -105,19 +111,21 @@ def test_every_file_arrives(hub: Hub, finished: Path, capsys: pytest.CaptureFixt
     assert f"uploaded: {hub.url}/owner/name" in capsys.readouterr().out
 
 
-def test_without_push_nothing_is_asked(hub: Hub, finished: Path) -> None:
-    run(["export", f"--config={finished}", "--format=packed"])
+def test_without_push_nothing_is_asked(hub: Hub, arguments: list[str]) -> None:
+    run(arguments)
     assert hub.created == []
 
 
 class TestRefused:
     """In one line, and before anything is written."""
 
-    def test_nobody_is_logged_in(self, hub: Hub, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nobody_is_logged_in(
+        self, hub: Hub, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
         with pytest.raises(ConfigurationError, match=r"^push: nobody is logged in .* set HF_TOKEN$"):
-            run(["export", f"--config={finished}", "--format=packed", "--push=owner/name"])
-        assert not (finished.parent / "packed").exists()
+            run([*arguments, "--push=owner/name"])
+        assert not (tmp_path / "out").exists()
         assert hub.tokens == set()
 
     @pytest.mark.parametrize(
@@ -128,13 +136,13 @@ class TestRefused:
             (422, "the hub answered 422: because it says so"),
         ],
     )
-    def test_token(self, hub: Hub, finished: Path, status: int, message: str) -> None:
+    def test_token(self, hub: Hub, arguments: list[str], tmp_path: Path, status: int, message: str) -> None:
         hub.refuses_with = status
         with pytest.raises(ConfigurationError) as caught:
-            run(["export", f"--config={finished}", "--format=packed", "--push=owner/name"])
+            run([*arguments, "--push=owner/name"])
         assert str(caught.value).startswith(f"push: {message}")
         assert "\n" not in str(caught.value)
-        assert not (finished.parent / "packed").exists()
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["name", "a/b/c", "owner/na me", "owner/--"])
     def test_name(self, hub: Hub, name: str) -> None:
