@@ -42,7 +42,7 @@ def load(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a4", "best/w3a16"])
+@pytest.mark.parametrize("scheme", ["w4a4", "best/w3a16"])
 def test_equals_the_command_line(llama: Path, token_files: tuple[Path, Path], command_line: Fit, scheme: str) -> None:
     model = load(llama)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -95,7 +95,7 @@ def test_random_numbers_go_on_as_if_nothing_had_happened(
             {"calibration": torch.zeros(4, dtype=torch.long)},
             r"calibration: token ids are \[windows, length\], not \[4\]",
         ),
-        ({"calibration": "gone.txt"}, "data.dataset: there is no file 'gone.txt'"),
+        ({"calibration": "gone.npy"}, "data.dataset: there is no file 'gone.npy'"),
         ({"calibration": ["a text"]}, "the model has no tokenizer to read"),
     ],
 )

@@ -87,4 +87,4 @@ def _empty(linear: nn.Linear, kind: Any, **options: Any) -> nn.Module:
     """A linear of another kind with the same bias, and no storage for the weight that it is going to get."""
     made: nn.Module = kind(linear.in_features, linear.out_features, bias=False, device="meta", **options)
     made.bias = linear.bias
-    return made.requires_grad_(False)
+    return made.requires_grad_(False).eval()  # in training LLM.int8() leaves activations alone on a CPU

@@ -63,12 +63,15 @@ def rows_of(outlier: float) -> Tensor:
 
 
 def test_nf4(source: SourceModel) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
     linear, weight, blocks = linear_of(source, "nf4")
-    rows = rows_of(1.0)
-    expected = rows.double() @ normal_float(weight).T
-    error = (linear(rows).double() - expected).norm() / expected.norm()
-    assert error < 1e-5
-    assert (rows.double() @ weight.double().T - expected).norm() / expected.norm() > 1e-2
+    expected = normal_float(weight)
+    found = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    assert (found.double() - expected).norm() / expected.norm() < 1e-6
+    assert (weight.double() - expected).norm() / expected.norm() > 1e-2
+    product = rows_of(1.0).double() @ expected.T
+    assert (linear(rows_of(1.0)).double() - product).norm() / product.norm() < 5e-3  # in bfloat16 where a CPU has it
     assert blocks.stored_bits["model.layers.0.mlp.up_proj"] == 128 * 64 * 4 + 128 * 32
 
 
