@@ -23,38 +23,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+
+from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.evaluate import original_blocks, perplexity
+from omniquant_pl.peers import PEERS, Peer
 
 ROOT = Path(__file__).parent.parent
-WORKERS = Path(__file__).parent / "peers"
 TORCH = "torch==2.13.0"
 INSTALL_LIMIT = 600  # seconds, for the packages of one tool
 ROW_LIMIT = 3600  # seconds, for one row by one method
 
 
 @dataclass(frozen=True)
-class Peer:
-    """Another tool: what to install for it and what it is asked to do."""
+class Environment:
+    """What is installed for a tool."""
 
     version: str
-    worker: str
-    """Name of the file in ``benchmarks/peers``."""
     packages: tuple[str, ...]
-    methods: dict[str, str]
-    """Names in the results, and the method that the worker is told."""
 
 
-PEERS = {
-    "auto-round": Peer("0.16.1", "with_auto_round.py", ("auto-round==0.16.1",), {"auto-round": "signround"}),
-    "gptqmodel": Peer("7.6.0", "with_gptqmodel.py", ("gptqmodel==7.6.0",), {"gptqmodel": "gptq"}),
-    "llm-compressor": Peer(
-        "0.14.0",
-        "with_llm_compressor.py",
-        ("llmcompressor==0.14.0", "transformers==5.17.0"),
-        {"llm-compressor GPTQ": "gptq", "llm-compressor AWQ": "awq"},
-    ),
+ENVIRONMENTS = {
+    "auto-round": Environment("0.16.1", ("auto-round==0.16.1",)),
+    "gptqmodel": Environment("7.6.0", ("gptqmodel==7.6.0",)),
+    "llmcompressor": Environment("0.14.0", ("llmcompressor==0.14.0", "transformers==5.17.0")),
 }
+"""By the tool's package, as :data:`omniquant_pl.peers.PEERS` names it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ def install(name: str, folder: Path) -> Path:
     torch goes first and is pinned in every call, so that no tool chooses another build of it.
 
     Args:
-        name: Key of ``PEERS``.
+        name: Key of :data:`ENVIRONMENTS`.
         folder: The tool's folder; receives ``venv`` and, when it is complete, the empty file ``installed``.
 
     Returns:
@@ -105,7 +98,7 @@ def install(name: str, folder: Path) -> Path:
     commands = [
         [sys.executable, "-m", "venv", str(folder / "venv")],
         [*pip, TORCH, "numpy", "setuptools", "wheel"],
-        [*pip, *PEERS[name].packages],
+        [*pip, *ENVIRONMENTS[name].packages],
     ]
     with (folder / "install.log").open("w") as log:
         for command in commands:
@@ -114,40 +107,26 @@ def install(name: str, folder: Path) -> Path:
     return python
 
 
-def quantize(python: Path, worker: Path, method: str, row: Row, reference: Path, folder: Path) -> None:
+def quantize(python: Path, peer: Peer, row: Row, reference: Path, folder: Path) -> None:
     """Lets a tool quantize a row; its output goes to ``log.txt`` in the folder, the model to ``model``.
 
     Raises:
         subprocess.SubprocessError: The worker failed or took too long.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [str(python), str(worker), f"--model={reference / 'models' / row.model}", f"--bits={row.bits}"]
-    command += [f"--calibration={reference / 'calibration.npy'}", f"--method={method}", f"--output={folder / 'model'}"]
+    command = [str(python), "-m", peer.module, f"--model={reference / 'models' / row.model}", f"--bits={row.bits}"]
+    command += [
+        f"--calibration={reference / 'calibration.npy'}",
+        f"--method={peer.method}",
+        f"--output={folder / 'model'}",
+    ]
     command += [] if row.group_size is None else [f"--group-size={row.group_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": str(ROOT)}  # the programs of this checkout, which the tool's environment has not
     with (folder / "log.txt").open("w") as log:
         subprocess.run(
             command, check=True, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=ROW_LIMIT
         )
-
-
-@torch.no_grad()
-def perplexity(folder: Path, windows: torch.Tensor) -> float:
-    """Measures a plain model in float32.
-
-    Args:
-        folder: The model, as transformers reads it.
-        windows: Token ids ``[windows, length]``; the first token of each is not predicted.
-
-    Returns:
-        exp of the mean negative log-likelihood over all predicted tokens.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    total = 0.0
-    for window in windows:
-        logits = model(input_ids=window[None]).logits[0, :-1]  # [length - 1, vocabulary]
-        total += F.cross_entropy(logits.double(), window[1:], reduction="sum").item()
-    return float(np.exp(total / (windows.numel() - len(windows))))
 
 
 def reason(error: subprocess.SubprocessError, log: Path) -> str:
@@ -187,29 +166,29 @@ class Results:
 
 def measure(name: str, rows: list[Row], reference: Path, runs: Path, results: Results) -> None:
     """Runs one tool on the rows that it has no result for."""
-    peer = PEERS[name]
-    missing = [
-        (row, label) for row in rows for label in peer.methods if not results.done(row.name, label, peer.version)
-    ]
+    version = ENVIRONMENTS[name].version
+    peers = [peer for peer in PEERS if peer.package == name]
+    missing = [(row, peer) for row in rows for peer in peers if not results.done(row.name, peer.name, version)]
     if not missing:
         return
     try:
         python = install(name, runs / name)
     except subprocess.SubprocessError as error:
         why = "not installed: " + reason(error, runs / name / "install.log")
-        for row, label in missing:
-            results.add({"name": row.name, "peer": label, "version": peer.version, "error": why})
+        for row, peer in missing:
+            results.add({"name": row.name, "peer": peer.name, "version": version, "error": why})
         return
     windows = torch.from_numpy(np.load(reference / "evaluation.npy")).long()
-    for row, label in missing:
-        method = peer.methods[label]
-        folder = runs / name / f"{row.name}-{method}"
-        entry: dict[str, Any] = {"name": row.name, "peer": label, "version": peer.version}
+    for row, peer in missing:
+        folder = runs / name / f"{row.name}-{peer.method}"
+        entry: dict[str, Any] = {"name": row.name, "peer": peer.name, "version": version}
         start = time.monotonic()
         try:
-            quantize(python, WORKERS / peer.worker, method, row, reference, folder)
+            quantize(python, peer, row, reference, folder)
             seconds = time.monotonic() - start  # of the process: loading included, measuring not
-            entry |= {"perplexity": round(perplexity(folder / "model", windows), 4), "seconds": round(seconds)}
+            source = SourceModel(folder / "model")
+            found = perplexity(source, original_blocks(source), windows, torch.device("cpu"))
+            entry |= {"perplexity": round(found, 4), "seconds": round(seconds)}
         except subprocess.SubprocessError as error:
             entry["error"] = reason(error, folder / "log.txt")
         results.add(entry)
@@ -221,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="folder with results.json, models/ and tokens")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality" / "peers")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER")
+    parser.add_argument("--peers", nargs="*", default=list(ENVIRONMENTS), choices=list(ENVIRONMENTS), metavar="PEER")
     parser.add_argument("--rows", nargs="*", help="names of rows; all weight-only rows by default")
     options = parser.parse_args()
     reference, runs = options.reference.resolve(), options.runs.resolve()

@@ -20,11 +20,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from omniquant_pl.compare.methods import METHODS, Case, Settings
+from omniquant_pl.spec import ActivationSpec, Scheme, WeightSpec
 
 ROOT = Path(__file__).parent.parent
 HEAD = """# Quality
@@ -41,52 +43,29 @@ lead below 0.5 % may be luck.
 PAGE = ROOT / "benchmarks" / "quality.md"
 KEPT = ROOT / "benchmarks" / "quality.json"
 
-Settings = dict[str, Any]
 Row = dict[str, Any]
 Results = dict[str, dict[str, Any]]
 """Perplexities and seconds of runs by their folder below ``--runs``, for example ``paper/llama-w3a16``."""
 
 
+def settings_of(method: str, row: Row) -> Settings | None:
+    """What ``compare`` sets for a method, ``None`` if it cannot do the row."""
+    weight_bits, activation_bits = row["bits"]
+    activations = None if activation_bits == 16 else ActivationSpec(activation_bits)
+    scheme = Scheme(WeightSpec(weight_bits, row["group_size"]), activations)
+    settings = METHODS[method].settings(Case(scheme, row["model"].partition("-")[0]))
+    return None if isinstance(settings, str) else settings
+
+
 def paper(row: Row) -> Settings:
-    """The settings that the original ran with."""
-    return {
-        "model.clipping": {"lr": 1e-2},
-        "model.transform": {"lr": 5e-3, "alpha": 0.5} if row["let"] else None,
-        "model.aug_loss": row["aug_loss"],
-        "trainer.max_epochs": row["epochs"],
-    }
+    """The published settings, and for how long the original ran with them."""
+    settings = settings_of("paper", row)
+    assert settings is not None
+    return settings | {"trainer.max_epochs": row["epochs"]}
 
 
-NO_EPOCHS: Settings = {"model.clipping": None, "model.transform": None, "trainer.max_epochs": 0}
-AWQ_CLIPPING = {"search": True, "initial": 20.0}  # sigmoid(20) is 1 in float32: a share of 1 keeps the whole range
-
-
-def smoothquant(row: Row) -> Settings:
-    """Scales between norms and linears, alpha chosen by output error; no clipping."""
-    del row
-    return NO_EPOCHS | {"model.transform": {"initial": "search"}}
-
-
-def awq(row: Row) -> Settings | None:
-    """Activation-aware scales and clipping; made for weights alone."""
-    if row["bits"][1] < 16:
-        return None
-    return NO_EPOCHS | {"model.transform": {"initial": "awq", "mlp": True}, "model.clipping": AWQ_CLIPPING}
-
-
-def gptq(row: Row) -> Settings:
-    """Codes that make up for each other's errors, on the full range."""
-    del row
-    return NO_EPOCHS | {"model.rounding": "gptq"}
-
-
-METHODS: dict[str, Callable[[Row], Settings | None]] = {
-    "smoothquant": smoothquant,
-    "awq": awq,
-    "gptq": gptq,
-    "paper": paper,
-    "best": lambda row: {},
-}
+RUNS = ("smoothquant", "awq", "gptq", "paper", "best")
+"""The methods of ``compare`` that are run; rounding to nearest is measured beside each of them."""
 
 
 LINEAR: Settings = {"model.schedule": {"decay": "linear"}}
@@ -230,7 +209,7 @@ def quality_table(rows: list[Row], peers: dict[tuple[str, str], float], results:
     head = ["model, scheme", "full precision", "RTN", "SmoothQuant", "AWQ", "GPTQ", *tools, "original", "paper", "best"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        own = {method: results.get(f"{method}/{row['name']}") for method in METHODS}
+        own = {method: results.get(f"{method}/{row['name']}") for method in RUNS}
         any_run = next((found for found in own.values() if found is not None), None)
         if any_run is None:
             continue
@@ -319,7 +298,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="folder with results.json, models/ and tokens")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--rows", nargs="*", help="names of rows; all by default")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="*", default=list(RUNS), choices=RUNS, metavar="METHOD")
     parser.add_argument(
         "--ablation", action="store_true", help="what each option buys, on the rows that ablation names"
     )
@@ -331,15 +310,14 @@ def main() -> None:
     chosen = [row for row in rows if options.rows is None or row["name"] in options.rows]
     for row in chosen:
         for method in options.methods:
-            settings = METHODS[method](row)
+            settings = paper(row) if method == "paper" else settings_of(method, row)
             if settings is not None:
-                config = _best_config(row) if method == "best" else None
                 folder = options.runs / method / row["name"]
                 for seed in options.windows:
                     other = {"seed_everything": seed, "data.dataset": stream_of(reference, options.runs)}
-                    measure(row, settings | other, reference, folder.with_name(f"{folder.name}@{seed}"), config)
+                    measure(row, settings | other, reference, folder.with_name(f"{folder.name}@{seed}"))
                 if not options.windows:
-                    measure(row, settings, reference, folder, config)
+                    measure(row, settings, reference, folder)
     for row in chosen if options.ablation else ():
         for name, (settings, is_best) in ablations(row).items() if row["name"] in ABLATED else ():
             if options.options is not None and name not in options.options:

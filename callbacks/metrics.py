@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 from typing_extensions import override
 
 from omniquant_pl import __version__
+from omniquant_pl.evaluate import model_sizes
+from omniquant_pl.fingerprint import digest_of
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quant.storage import bits_per_weight, stored_bits
+from omniquant_pl.quant.storage import bits_per_weight
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.trainer import SequentialTrainer
 
@@ -41,7 +40,7 @@ class MetricsCallback(CalibrationCallback):
     @override
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        belongs_to = {**trainer.fingerprint, "evaluation": _digest(trainer.evaluation_tokens)}
+        belongs_to = {**trainer.fingerprint, "evaluation": digest_of(trainer.evaluation_tokens)}
         known = trainer.run_folder.read_metrics() if trainer.resumes else {}
         if {**known.get("fingerprint", {}), "evaluation": known.get("evaluation_sha256")} != belongs_to:
             known = {}
@@ -56,7 +55,7 @@ class MetricsCallback(CalibrationCallback):
             "seconds": {"total": 0.0, "calibration": 0.0, "evaluation": seconds.get("evaluation", 0.0)},
             "peak_memory_bytes": {},
             "bits_per_weight": bits_per_weight(model.quantized_weights.values()),
-            "size_bytes": _sizes(model),
+            "size_bytes": model_sizes(model),
             "versions": _versions(),
             "fingerprint": dict(trainer.fingerprint),
             "evaluation_sha256": belongs_to["evaluation"],
@@ -106,28 +105,6 @@ class MetricsCallback(CalibrationCallback):
         self.metrics["peak_memory_bytes"] = peak_memory(trainer.strategy.root_device)
         if trainer.is_global_zero:
             trainer.run_folder.write_metrics(self.metrics)
-
-
-def _sizes(model: OmniQuantModel) -> dict[str, int]:
-    """Bytes of the checkpoint as it is, and with packed codes, scales and zero points for the quantized weights."""
-    source, weights = model.source, model.quantized_weights
-    full = quantized = 0
-    for name in {*source.checkpoint.names(), *source.surrounding_names}:
-        info = source.describe(name)
-        size = info.elements * info.element_bytes
-        full += size if name in source.checkpoint else 0  # a rotation gives a tied head a weight of its own
-        quantized += -(-stored_bits(*weights[name]) // 8) if name in weights else size
-    return {"full_precision": full, "quantized": quantized}
-
-
-def _digest(tokens: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the evaluation sets."""
-    digest = hashlib.sha256()
-    for name in sorted(tokens):
-        digest.update(
-            f"{name} {list(tokens[name].shape)}".encode() + tokens[name].long().contiguous().numpy().tobytes()
-        )
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

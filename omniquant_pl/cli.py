@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``test``, ``export`` and ``generate``, over Lightning's own."""
+"""The command line: ``fit``, ``test``, ``export``, ``generate`` and ``compare``, over Lightning's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import shlex
 import sys
 import warnings
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -32,12 +31,11 @@ from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.presets import find_config
 from omniquant_pl.refusals import in_one_line
 from omniquant_pl.trainer import SequentialTrainer
 
-__all__ = ["OmniQuantCLI", "find_config", "main", "quieten", "run"]
-
-_CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+__all__ = ["OmniQuantCLI", "main", "quieten", "run"]
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
@@ -101,6 +99,7 @@ class OmniQuantCLI(LightningCLI):
             "test": {"model", "datamodule"},
             "export": {"model", "datamodule"},
             "generate": {"model", "datamodule"},
+            "compare": {"model", "datamodule"},
         }
 
     @override
@@ -164,6 +163,11 @@ class OmniQuantCLI(LightningCLI):
         if self.config["generate"]["packed"] is None:
             self._refuse_other_settings("generate")
 
+    def before_compare(self) -> None:
+        """Called by Lightning before methods are compared: each of them gets a configuration made from this one."""
+        assert isinstance(self.trainer, SequentialTrainer)
+        self.trainer.settings = self._settings("compare")
+
     def _refuse_other_settings(self, subcommand: str) -> None:
         assert isinstance(self.trainer, SequentialTrainer)
         self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
@@ -171,26 +175,6 @@ class OmniQuantCLI(LightningCLI):
     def _settings(self, subcommand: str) -> dict[str, Any]:
         """The resolved configuration, as it is written."""
         return dict(yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False)))
-
-
-def find_config(name: str) -> str:
-    """Returns the path of a configuration; a relative name is also looked up among the presets.
-
-    Args:
-        name: What was given to ``--config``, such as ``w4a4.yaml`` or ``best/w4a4.yaml``.
-
-    Raises:
-        ConfigurationError: If a bare name is neither a file nor a preset.
-    """
-    if Path(name).exists() or name.startswith(("/", ".", "~")):
-        return name
-    found = next((folder / name for folder in _CONFIG_FOLDERS if (folder / name).is_file()), None)
-    if found is None and Path(name).name != name:
-        return name
-    if found is None:
-        presets = sorted({str(path.relative_to(f)) for f in _CONFIG_FOLDERS for path in f.rglob("*.yaml")})
-        raise ConfigurationError("--config", f"there is no file {name!r}; presets: {', '.join(presets)}")
-    return str(found)
 
 
 def _with_config_paths(arguments: list[str]) -> list[str]:

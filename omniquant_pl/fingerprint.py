@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["differing_parts", "fingerprint"]
+__all__ = ["differing_parts", "digest_of", "fingerprint", "model_digest"]
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -26,9 +26,20 @@ def fingerprint(settings: Mapping[str, Any], model: Path, tokens: Tensor) -> dic
     """
     return {
         "settings": _digest(json.dumps(dict(settings), sort_keys=True, default=str).encode()),
-        "model": _digest(*(part for path in _model_files(model) for part in (path.name.encode(), _summary(path)))),
+        "model": model_digest(model),
         "data": _digest(str(list(tokens.shape)).encode(), tokens.long().contiguous().numpy().tobytes()),
     }
+
+
+def model_digest(folder: Path) -> str:
+    """Returns the digest of a model folder that :func:`fingerprint` holds."""
+    return _digest(*(part for path in _model_files(folder) for part in (path.name.encode(), _summary(path))))
+
+
+def digest_of(tokens: Mapping[str, Tensor]) -> str:
+    """Returns the digest of sets of tokens ``[windows, length]`` and their names, whatever their order."""
+    parts = ((f"{name} {list(found.shape)}", found.long().contiguous().numpy()) for name, found in tokens.items())
+    return _digest(*(part for name, array in sorted(parts) for part in (name.encode(), array.tobytes())))
 
 
 def differing_parts(own: Mapping[str, str], other: Mapping[str, Any]) -> list[str]:

@@ -57,8 +57,8 @@ class OmniQuantModel(LightningModule):
         weight_decay: AdamW weight decay of all factors.
         activation_dtype: What the hidden states between blocks are stored in.
         activation_budget: Memory that they may take; results do not depend on it.
-        parameters: Run folder, or omni_parameters.pth of the original implementation, whose learned factors are the
-            starting point; null starts from the calibration set.
+        parameters: Run folder, factors.safetensors of an export, or omni_parameters.pth of the original implementation,
+            whose learned factors are the starting point; null starts from the calibration set.
         trust_remote_code: Let Python code that comes with the checkpoint run.
 
     Attributes:
@@ -111,7 +111,7 @@ class OmniQuantModel(LightningModule):
         self.activation_dtype: torch.dtype = getattr(torch, activation_dtype)
         self.activation_budget = activation_budget
         self._start_from = parameters
-        self._trust_remote_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code
 
     @cached_property
     def source(self) -> SourceModel:
@@ -120,13 +120,13 @@ class OmniQuantModel(LightningModule):
         Raises:
             ConfigurationError: If it cannot be used.
         """
-        return SourceModel(locate_model(self.path, self._trust_remote_code), self._trust_remote_code, self.rotation)
+        return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code, self.rotation)
 
     def unrotated(self) -> SourceModel:
         """Returns the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""
         if self.rotation is None:
             return self.source
-        return SourceModel(locate_model(self.path, self._trust_remote_code), self._trust_remote_code)
+        return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code)
 
     @cached_property
     def start(self) -> StartingPoint:

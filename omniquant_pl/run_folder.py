@@ -211,6 +211,19 @@ class RunFolder:
         """Replaces ``metrics.json``."""
         write_json(self.metrics, {**metrics, "checksum": _checksum(metrics)})
 
+    def add_metrics(self, sections: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        """Puts measurements into ``metrics.json``, beside those that are there.
+
+        Args:
+            sections: By section, name in it, and variant of the model.
+        """
+        metrics = self.read_metrics()
+        for section, entries in sections.items():
+            known = metrics.get(section, {})
+            merged = {name: {**known.get(name, {}), **variants} for name, variants in entries.items()}
+            metrics[section] = {**known, **merged}
+        self.write_metrics(metrics)
+
     def read_metrics(self) -> dict[str, Any]:
         """Returns the content of ``metrics.json``, empty where there is none, or a damaged one."""
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.factor_file import FACTOR_FILE, FactorFile
 from omniquant_pl.factors import BlockFactors
 from omniquant_pl.initialization import initialize_clipping, initialize_scales
 from omniquant_pl.original import OriginalParameters, OriginalStatistics
@@ -36,13 +37,22 @@ def _refuse_rotated(source: SourceModel, path: Path) -> None:
         raise ConfigurationError("model.rotation", message)
 
 
+def _open_learned(path: Path, source: SourceModel) -> _LearnedFactors:
+    if path.suffix in (".pth", ".pt"):
+        _refuse_rotated(source, path)
+        return OriginalParameters(path, source)
+    if path.suffix == ".safetensors" or (path / FACTOR_FILE).is_file():
+        return FactorFile(path if path.suffix == ".safetensors" else path / FACTOR_FILE, source)
+    return RunFactors(RunFolder(path), source)
+
+
 class StartingPoint:
     """Sets the factors of blocks before they learn.
 
     Args:
         source: The model.
-        parameters: Run folder, or an original ``omni_parameters.pth``, whose factors are taken over; ``None`` for
-            factors from activation statistics.
+        parameters: Run folder, file of factors, or an original ``omni_parameters.pth``, whose factors are taken over;
+            ``None`` for factors from activation statistics.
         clipping: Where clipping starts otherwise.
         transform: Where scales start otherwise, and from whose statistics.
         activations: How the linears quantize their inputs.
@@ -67,10 +77,7 @@ class StartingPoint:
         self._has_warned = False
         if parameters is not None:
             path = Path(parameters)
-            is_original = path.suffix in (".pth", ".pt")
-            if is_original:
-                _refuse_rotated(source, path)
-            self._learned = OriginalParameters(path, source) if is_original else RunFactors(RunFolder(path), source)
+            self._learned = _open_learned(path, source)
         self._statistics: OriginalStatistics | None = None
         if transform is not None and transform.scales is not None:
             _refuse_rotated(source, Path(transform.scales))

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from omniquant_pl.cli import find_config, main, run
+from omniquant_pl.cli import main, run
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.presets import find_config
 
 ROOT = Path(__file__).parents[1]
 Arguments = list[str]

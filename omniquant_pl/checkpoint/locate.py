@@ -9,7 +9,7 @@ from omniquant_pl.errors import ConfigurationError
 __all__ = ["embedded_models", "is_hub_id", "locate_model"]
 
 _EMBEDDED = Path(__file__).parent.parent / "models"
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE*"]
 _CODE = ["*.py"]
 
 

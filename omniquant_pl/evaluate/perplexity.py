@@ -15,7 +15,7 @@ from omniquant_pl.activations import map_batches
 from omniquant_pl.checkpoint import BlockCall, SourceModel
 from omniquant_pl.memory import return_free_memory
 
-__all__ = ["BlockBuilder", "original_blocks", "perplexity"]
+__all__ = ["BlockBuilder", "CalledBlock", "original_blocks", "perplexity"]
 
 BlockBuilder = Callable[[int, dict[str, Tensor], BlockCall], nn.Module]
 """Makes the block to evaluate from its position, its original tensors and how the model calls it.
@@ -24,19 +24,27 @@ The result takes hidden states ``[batch, tokens, channels]`` and returns the nex
 """
 
 
-class _OriginalBlock(nn.Module):
+class CalledBlock(nn.Module):
+    """A block, and how the model calls it.
+
+    Args:
+        block: Of the model's own class.
+        call: What it gets besides hidden states.
+    """
+
     def __init__(self, block: nn.Module, call: BlockCall) -> None:
         super().__init__()
         self.block = block
         self._call = call
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Runs the block on ``[batch, tokens, channels]``."""
         return self._call(self.block, hidden)
 
 
 def original_blocks(source: SourceModel) -> BlockBuilder:
     """Returns the builder of the full-precision model."""
-    return lambda index, tensors, call: _OriginalBlock(source.make_block(index, tensors), call)
+    return lambda index, tensors, call: CalledBlock(source.make_block(index, tensors), call)
 
 
 @torch.no_grad()

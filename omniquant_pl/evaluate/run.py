@@ -58,6 +58,18 @@ class Evaluation:
             for name, windows in self._tokens.items()
         }
 
+    def measure_all(self) -> dict[str, dict[str, float]]:
+        """Returns the perplexities by name of the evaluation set and variant.
+
+        Raises:
+            ConfigurationError: As :meth:`measure`, before anything else is measured.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for variant in reversed(VARIANTS):  # an unfinished run is refused at once
+            for name, value in self.measure(variant).items():
+                found.setdefault(name, {})[variant] = value
+        return found
+
     def _builder(self, variant: str) -> BlockBuilder:
         model, folder = self._model, self._folder
         if variant == "full_precision":

@@ -2,6 +2,7 @@
 
 from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.hf import HfExport
+from omniquant_pl.export.hub import HubRepository
 from omniquant_pl.export.registry import FORMATS, FormatName, open_format
 from omniquant_pl.export.runnable import open_runnable
 from omniquant_pl.export.verification import Verification, refuse_differing, verification_table
@@ -11,6 +12,7 @@ __all__ = [
     "Export",
     "FormatName",
     "HfExport",
+    "HubRepository",
     "StorageDtype",
     "Verification",
     "open_format",

@@ -8,15 +8,14 @@ from typing import Any
 
 import yaml
 
-from omniquant_pl.checkpoint import is_hub_id
+from omniquant_pl.export.card_metadata import card_metadata
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import VARIANTS, RunFolder
 
 __all__ = ["model_card"]
 
 _CARD = """---
-{base_model}library_name: transformers
-tags: [omniquant, quantized, {scheme}]
+{metadata}
 ---
 # {base}, {scheme} by OmniQuant
 
@@ -27,12 +26,18 @@ Calibrated with omniquant-pl ({method}) on {data}.
 | perplexity | full precision | round to nearest | calibrated |
 |---|---|---|---|
 {perplexities}
-
+{zero_shot}
 {command}
 """
 
 
-def model_card(model: OmniQuantModel, folder: RunFolder, storage: str, quantizes_activations: bool = False) -> str:
+def model_card(
+    model: OmniQuantModel,
+    folder: RunFolder,
+    storage: str,
+    quantizes_activations: bool = False,
+    library: str = "transformers",
+) -> str:
     """Returns the README.md of an exported folder.
 
     Args:
@@ -40,17 +45,20 @@ def model_card(model: OmniQuantModel, folder: RunFolder, storage: str, quantizes
         folder: The run, for its metrics and configuration.
         storage: One sentence on how this format holds the weights.
         quantizes_activations: Whether programs that load the folder quantize activations as the scheme says.
+        library: What loads the folder, in the hub's words.
     """
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.is_file() else {}
+    metrics = folder.read_metrics()
     return _CARD.format(
+        metadata=card_metadata(model, metrics, library, _name(model.path)),
         base=_name(model.path),
-        base_model=f"base_model: {model.path}\n" if is_hub_id(model.path) else "",
         scheme=model.scheme.name,
         storage=storage,
         activations=_activations(model, quantizes_activations),
         method=_method(model, config),
         data=_data(config),
-        perplexities=_perplexities(folder.read_metrics().get("perplexity", {})),
+        perplexities=_perplexities(metrics.get("perplexity", {})),
+        zero_shot=_zero_shot(metrics.get("zero_shot", {})),
         command="The `config.yaml` of the run reproduces it: `python train.py fit --config config.yaml`.",
     )
 
@@ -101,3 +109,20 @@ def _perplexities(perplexities: Mapping[str, Mapping[str, float]]) -> str:
         for name, values in perplexities.items()
     )
     return "\n".join(rows)
+
+
+def _zero_shot(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A table of the tasks that were measured, nothing where there were none."""
+    variants = ("full_precision", "quantized")
+    rows = [
+        f"| {task}, {metric} | {' | '.join(_scored(values[v], metric) if v in values else '' for v in variants)} |"
+        for task, values in tasks.items()
+        for metric in values.get("quantized", {})
+        if "_stderr" not in metric
+    ]
+    return "\n".join(["", "| zero-shot | full precision | calibrated |", "|---|---|---|", *rows, ""]) if rows else ""
+
+
+def _scored(scores: Mapping[str, float], metric: str) -> str:
+    error = scores.get(f"{metric}_stderr")
+    return f"{scores[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -56,6 +56,9 @@ class Export(ABC):
     name: ClassVar[str]
     """The name in ``export.format``."""
 
+    library: ClassVar[str] = "transformers"
+    """What loads it, in the words of the hub's model cards."""
+
     clients: ClassVar[tuple[Client, ...]]
     """The programs that load it, and that an export is verified with."""
 

@@ -53,6 +53,7 @@ class GgufExport(Export):
     """
 
     name = "gguf"
+    library = "gguf"
     clients = (Client("llama.cpp", ("llama_cpp",), llama_cpp_logits, tolerance=1e-1),)
 
     @override
@@ -79,7 +80,7 @@ class GgufExport(Export):
             self._write_file(model, folded, plan, target)
             write_json(target / "config.json", model.source.config_json)
             copy_companions(model.source.folder, target)
-            write_text(target / "README.md", model_card(model, run, _storage(plan)))
+            write_text(target / "README.md", model_card(model, run, _storage(plan), library=self.library))
 
     def _write_file(self, model: OmniQuantModel, folded: FoldedModel, plan: GgufPlan, target: Path) -> None:
         from gguf import GGUFWriter

@@ -61,6 +61,7 @@ class MlcExport(Export):
     """
 
     name = "mlc"
+    library = "mlc-llm"
     clients = (Client("MLC-LLM", ("mlc_llm",), _needs_compiling),)
 
     @override
@@ -81,7 +82,7 @@ class MlcExport(Export):
             write_tensor_cache(target, tensors, weights, min(self.shard_bytes, _LARGEST_SHARD))
             copy_companions(source.folder, target)
             write_json(target / "mlc-chat-config.json", _chat_config(source, target))
-            write_text(target / "README.md", model_card(model, run, _STORAGE))
+            write_text(target / "README.md", model_card(model, run, _STORAGE, library=self.library))
 
 
 def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Iterator[tuple[str, Tensor]]:

@@ -49,6 +49,7 @@ class PackedExport(SafetensorsExport):
     """Writes a folder that :func:`omniquant_pl.runtime.load_packed` and ``generate`` load."""
 
     name = "packed"
+    library = "omniquant-pl"
     clients = (Client("omniquant-pl", ("omniquant_pl",), _logits, quantizes_activations=True),)
 
     @override

@@ -6,6 +6,7 @@ from typing import Literal
 
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.compressed_tensors import CompressedTensorsExport
+from omniquant_pl.export.factors import FactorsExport
 from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.gguf import GgufExport
 from omniquant_pl.export.gptq import GptqExport
@@ -16,11 +17,11 @@ from omniquant_pl.model import OmniQuantModel
 
 __all__ = ["FORMATS", "FormatName", "open_format"]
 
-FormatName = Literal["hf", "packed", "gptq", "compressed-tensors", "gguf", "mlc"]
+FormatName = Literal["hf", "packed", "gptq", "compressed-tensors", "gguf", "mlc", "factors"]
 
 FORMATS: dict[str, type[Export]] = {
     export.name: export
-    for export in (HfExport, PackedExport, GptqExport, CompressedTensorsExport, GgufExport, MlcExport)
+    for export in (HfExport, PackedExport, GptqExport, CompressedTensorsExport, GgufExport, MlcExport, FactorsExport)
 }
 """Every format by its name."""
 

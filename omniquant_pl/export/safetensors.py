@@ -68,7 +68,7 @@ class SafetensorsExport(Export):
             write_json(target / "config.json", self._config(model))
             copy_companions(model.source.folder, target)
             quantizes = any(client.quantizes_activations for client in self.clients)
-            write_text(target / "README.md", model_card(model, run, self.storage(model), quantizes))
+            write_text(target / "README.md", model_card(model, run, self.storage(model), quantizes, self.library))
 
     def _planned(self, folded: FoldedModel) -> dict[str, Stored]:
         """What will be stored, in the order of :meth:`_tensors`."""

@@ -48,6 +48,8 @@ class Verification:
 
     def __init__(self, export: Export, tokens: Tensor) -> None:
         self._clients, self._tokens = export.clients, tokens
+        if not self._clients:
+            raise ConfigurationError("verify", f"no program computes with {export.name} alone")
         if not any(client.is_installed for client in self._clients):
             names = ", ".join(f"{client.name} ({' and '.join(client.packages)})" for client in self._clients)
             message = f"no program that loads {export.name} is installed; known: {names}"

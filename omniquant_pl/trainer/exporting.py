@@ -10,6 +10,7 @@ from torch import Tensor
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.export import (
     FormatName,
+    HubRepository,
     StorageDtype,
     Verification,
     open_format,
@@ -31,6 +32,8 @@ def export_run(
     dtype: StorageDtype | None = None,
     shard_bytes: int = 5_000_000_000,
     verify: bool = False,
+    push: str | None = None,
+    private: bool = False,
     ckpt_path: str | None = None,
     weights_only: bool | None = None,
 ) -> Path:
@@ -43,12 +46,15 @@ def export_run(
         format: hf: a plain transformers folder with dequantized weights; packed: codes as
             ``generate`` computes with them, any scheme; gptq: what transformers loads with gptqmodel;
             compressed-tensors: what it loads with that package, activations as well;
-            gguf: a file that llama.cpp loads; mlc: weights for MLC-LLM.
+            gguf: a file that llama.cpp loads; mlc: weights for MLC-LLM;
+            factors: what the run has learned, alone, for model.parameters.
         output: The folder to create or replace; null: named after the format, in the run folder.
         dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
         shard_bytes: Largest size of one file.
         verify: Load the result with the programs it is meant for, those that are installed, and compare its logits
             with the calibrated model's.
+        push: Upload the folder to this repository of the Hugging Face hub, owner/name; null: upload nothing.
+        private: A repository that is created for it is seen by its owner alone.
         ckpt_path: Not used; a run's configuration may carry it.
         weights_only: Likewise.
 
@@ -56,12 +62,13 @@ def export_run(
         The folder.
 
     Raises:
-        ConfigurationError: If the run is not finished, or the format cannot hold it exactly.
-        CalibrationError: If a program computes other logits; the folder stays.
+        ConfigurationError: If the run is not finished, the format cannot hold it exactly, or the hub refuses.
+        CalibrationError: If a program computes other logits; the folder stays, and is not uploaded.
     """
     del ckpt_path, weights_only
     export = open_format(format, model, dtype, shard_bytes)
     verification = Verification(export, _first_window(datamodule, model)) if verify else None
+    repository = None if push is None else HubRepository(push, private)
     folder = trainer.run_folder.model if format == "hf" else trainer.run_folder.path / format
     folder = folder if output is None else Path(output)
     export.write(model, trainer.run_folder, folder)
@@ -70,6 +77,8 @@ def export_run(
         results = verification.run(model, trainer.run_folder, folder)
         Console().print(verification_table(results))
         refuse_differing(results)
+    if repository is not None:
+        Console().print(f"uploaded: {repository.upload(folder)}", soft_wrap=True)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ class RunTrainer(Trainer):
         max_epochs: Epochs per block; 0 folds the initial factors.
         options: As :class:`lightning.pytorch.Trainer`.
 
+    Attributes:
+        settings: The configuration, or what a command needs of it; the command line sets it.
+
     Raises:
         ConfigurationError: If a setting cannot work; it names the setting.
     """
@@ -55,6 +59,7 @@ class RunTrainer(Trainer):
         refuse_trainer(self)
         self.run_folder = RunFolder(root)
         self.evaluation_tokens: dict[str, Tensor] = {}
+        self.settings: Mapping[str, Any] = {}
 
     def prepare(self, model: OmniQuantModel, data: CalibrationData) -> Tensor:
         """Opens model and data and refuses what cannot work, before any work.

@@ -26,6 +26,7 @@ from omniquant_pl.fingerprint import fingerprint
 from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.interruption import Interruption, is_requeued
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.trainer.comparing import compare_methods
 from omniquant_pl.trainer.exporting import export_run
 from omniquant_pl.trainer.generating import generate_text
 from omniquant_pl.trainer.run import RunTrainer, seed
@@ -70,6 +71,7 @@ class SequentialTrainer(RunTrainer):
     test = measure_run  # type: ignore[assignment]
     export = export_run
     generate = generate_text
+    compare = compare_methods
 
     @property
     @override

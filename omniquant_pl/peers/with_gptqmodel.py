@@ -9,7 +9,8 @@ os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # read when it is imported; without i
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization import FORMAT
 from torch import Tensor
-from worker import Task, work
+
+from omniquant_pl.peers.task import Task, work
 
 
 def gptq(task: Task) -> dict[str, Tensor]:

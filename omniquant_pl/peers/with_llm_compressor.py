@@ -12,7 +12,8 @@ from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor
 from torch.utils.data import DataLoader
-from worker import Task, block_linears, work
+
+from omniquant_pl.peers.task import Task, block_linears, work
 
 # llm-compressor has no pairs for OPT of its own; these are the ones of the AWQ paper's code.
 OPT_PAIRS = (
@@ -47,14 +48,14 @@ def compress(task: Task) -> dict[str, Tensor]:
     oneshot(
         model=model,
         recipe=recipe(task, model.config.model_type),
-        dataset=DataLoader(samples, batch_size=1),
+        dataset=DataLoader(samples, batch_size=1),  # type: ignore[arg-type]
         num_calibration_samples=len(samples),
         max_seq_length=task.tokens.shape[1],
         pipeline="sequential",
     )
     parameters = dict(model.state_dict())
     for name, linear in block_linears(model).items():
-        scheme = linear.quantization_scheme.weights
+        scheme = linear.quantization_scheme.weights  # type: ignore[union-attr] # of compressed-tensors
         parameters[f"{name}.weight"] = forward_quantize(linear, linear.weight.detach(), "weight", scheme)
     return parameters
 

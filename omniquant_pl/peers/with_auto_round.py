@@ -5,7 +5,8 @@ from __future__ import annotations
 from auto_round import AutoRound
 from torch import Tensor
 from transformers import AutoTokenizer
-from worker import Task, work
+
+from omniquant_pl.peers.task import Task, work
 
 BATCH = 8
 ITERATIONS = 200
