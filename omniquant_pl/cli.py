@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 import sys
@@ -58,9 +59,9 @@ class _Parser(LightningArgumentParser):
         self.exit(2, f"error: {in_one_line(message, sys.argv[1:])}\nsee: {command} --help\n")
 
     @override
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         own_settings_first(self)
-        return super().format_help()
+        return super().format_help(formatter)
 
     @override
     def add_method_arguments(self, *arguments: Any, **options: Any) -> Any:
@@ -72,15 +73,14 @@ class OmniQuantCLI(LightningCLI):
     """LightningCLI with the subcommands that this project has.
 
     Args:
-        arguments: As :class:`LightningCLI`.
         args: What follows the program's name; ``None`` takes the process's own.
         options: As :class:`LightningCLI`.
     """
 
-    def __init__(self, *arguments: Any, args: ArgsType = None, **options: Any) -> None:
+    def __init__(self, *, args: ArgsType = None, **options: Any) -> None:
         words = args if isinstance(args, list) else sys.argv[1:]
         self._named = [name for name in self.subcommands() if name in words] or list(self.subcommands())
-        super().__init__(*arguments, args=args, **options)
+        super().__init__(args=args, **options)
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
@@ -200,8 +200,8 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
         add_print_completion_argument=True,
     )
     return OmniQuantCLI(
-        OmniQuantModel,
-        CalibrationData,
+        model_class=OmniQuantModel,
+        datamodule_class=CalibrationData,
         trainer_class=SequentialTrainer,
         trainer_defaults=_TRAINER_DEFAULTS,
         save_config_callback=SaveConfig,
