@@ -33,11 +33,15 @@ class Interruption:
 
     SIGINT and SIGTERM end the calibration; so does SIGUSR1 in a job of SLURM, which is put into the queue again. A
     second SIGINT does not wait.
+
+    Args:
+        agree: Returns the largest of the numbers that processes have which work together: what one obeys all obey.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
         self._received: int | None = None
         self._deferred = 0
+        self._agree = agree
 
     @property
     def is_requested(self) -> bool:
@@ -70,13 +74,14 @@ class Interruption:
             self._deferred -= 1
 
     def obey(self) -> None:
-        """Ends the calibration if a signal has come.
+        """Ends the calibration if a signal has come, to whichever process of those that work together.
 
         Raises:
             Interrupted: Then.
         """
-        if self._received is not None:
-            raise Interrupted(self._received)
+        number = self._agree(self._received or 0)
+        if number:
+            raise Interrupted(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -85,7 +90,7 @@ class Interruption:
         if self._received is None:  # SLURM sends another one when time is up
             self._received = number
         if not self._deferred:
-            self.obey()
+            raise Interrupted(self._received)
 
 
 def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run) -> bool:
