@@ -14,7 +14,7 @@ from omniquant_pl.activations.storage import Storage
 from omniquant_pl.activations.stream import Stream
 from omniquant_pl.memory import make_room
 
-__all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream"]
+__all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream", "read_ahead"]
 
 _TOKENS_PER_PASS = 8192
 """Tokens of one batch where no gradient is needed."""
@@ -57,7 +57,7 @@ def map_stream(
     inputs = (read(samples) for samples in slices)
     result: Stream | None = None
     with _Writer(is_direct) as writer:
-        for samples, batch in zip(slices, inputs if is_direct else _ahead(inputs), strict=True):
+        for samples, batch in zip(slices, inputs if is_direct else read_ahead(inputs), strict=True):
             output = _in_halves(function, batch) if splits else function(batch)
             if result is None:
                 result = storage.empty((len(source), *output.shape[1:]))
@@ -106,7 +106,7 @@ class _Writer:
             self._wait()
 
 
-def _ahead(values: Iterator[_T]) -> Iterator[_T]:
+def read_ahead(values: Iterator[_T]) -> Iterator[_T]:
     """Yields values, each read by another thread while the one before it is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="omniquant-read") as pool:
         end = object()
@@ -195,7 +195,7 @@ class StreamBatches:
         order = self.sampler().split(self.batch_size)[first:]
         batches = (self._read(self._own(indices)) for indices in order)
         is_direct = all(stream.is_direct for stream in self.streams)
-        for number, batch in enumerate(batches if is_direct else _ahead(batches), start=first + 1):
+        for number, batch in enumerate(batches if is_direct else read_ahead(batches), start=first + 1):
             self._done = number
             yield batch
 

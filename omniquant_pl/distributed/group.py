@@ -35,7 +35,7 @@ class Group:
     Args:
         rank: Position of this process.
         size: Number of processes.
-        handle: The process group of torch; ``None`` for all processes there are.
+        handle: The process group of torch, if there are others.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, handle: dist.ProcessGroup | None = None) -> None:
@@ -107,6 +107,14 @@ class Group:
             return [value]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._handle)
+        return found
+
+    def gather(self, values: Tensor, to: int) -> list[Tensor] | None:
+        """Returns the tensors of all processes, of one shape, in one of them, and ``None`` in the others."""
+        if self.size == 1:
+            return [values]
+        found = [torch.empty_like(values) for _ in range(self.size)] if self.rank == to else None
+        dist.gather(values.contiguous(), found, group=self._handle, group_dst=to)
         return found
 
     def barrier(self) -> None:

@@ -8,20 +8,23 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 from typing_extensions import override
 
 from omniquant_pl.distributed.gradients import average_gradients
 from omniquant_pl.distributed.group import Group
+from omniquant_pl.distributed.mesh import Mesh
+from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["DataParallelStrategy", "GroupStrategy"]
+__all__ = ["BlockParallelStrategy", "DataParallelStrategy", "GroupStrategy"]
 
 _T = TypeVar("_T")
 
-_PATIENCE = timedelta(days=30)
-"""A segment may wait for the others for hours; that a process is dead is noticed otherwise."""
+_START = timedelta(minutes=10)
+"""Time for all processes to come."""
 
 
 class GroupStrategy(DDPStrategy):
@@ -34,33 +37,32 @@ class GroupStrategy(DDPStrategy):
 
     Args:
         process_group_backend: Of torch.distributed; null: gloo on the CPU, with nccl for tensors on CUDA devices.
+
+    Attributes:
+        group: The processes that work on the same thing as this one at the moment.
+        mesh: All processes, by segment and share of the samples.
     """
 
-    def __init__(self, process_group_backend: str | None = None, **options: Any) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=_PATIENCE, **options)
-        self._group: Group | None = None
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=_START)
+        self.group = Group()
+        self.mesh = Mesh()
 
     @property
-    def group(self) -> Group:
-        """The processes that work on the same thing as this one at the moment."""
-        return self.world if self._group is None else self._group
-
-    @property
-    def world(self) -> Group:
-        """All processes."""
-        environment = self.cluster_environment
-        return Group() if environment is None else Group(environment.global_rank(), environment.world_size())
+    def wanted_segments(self) -> int | None:
+        """Segments that are calibrated at once, at most; ``None`` for as many as there are processes."""
+        return 1
 
     @contextmanager
     def inside(self, group: Group) -> Iterator[None]:
         """For a while, this process works with the processes of a group only."""
-        before, self._group = self._group, group
+        before, self.group = self.group, group
         rank = rank_zero_only.rank
         rank_zero_only.rank = group.rank  # a group keeps a log of its own
         try:
             yield
         finally:
-            self._group, rank_zero_only.rank = before, rank
+            self.group, rank_zero_only.rank = before, rank
 
     @property
     @override
@@ -70,7 +72,7 @@ class GroupStrategy(DDPStrategy):
     @property
     @override
     def is_global_zero(self) -> bool:
-        return self.group.is_first
+        return self.group.is_first if dist.is_initialized() else self.global_rank == 0
 
     @override
     def _get_process_group_backend(self) -> str:
@@ -79,8 +81,15 @@ class GroupStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        if not torch.distributed.is_initialized():  # Lightning asks for it once a block
+        if dist.is_initialized():  # Lightning asks for it once a block
+            return
+        try:
             super().setup_distributed()
+        except dist.DistError as error:
+            message = f"not all processes have come within {_START}: {str(error).splitlines()[0]}"
+            raise ConfigurationError("trainer.num_nodes", message) from error
+        self.mesh = Mesh.connected(self.wanted_segments)
+        self.group = self.mesh.world
 
     @override
     def configure_ddp(self) -> None:
@@ -102,7 +111,7 @@ class GroupStrategy(DDPStrategy):
         if not isinstance(tensor, Tensor):
             return tensor
         total = self.group.sum(tensor.clone())
-        is_sum = reduce_op in ("sum", torch.distributed.ReduceOp.SUM)
+        is_sum = reduce_op in ("sum", dist.ReduceOp.SUM)
         return total if is_sum else total / self.group.size
 
     @override
@@ -111,13 +120,59 @@ class GroupStrategy(DDPStrategy):
 
     @override
     def barrier(self, *arguments: Any, **options: Any) -> None:
-        if torch.distributed.is_initialized():
+        if dist.is_initialized():
             self.group.barrier()
 
     @override
     def broadcast(self, obj: _T, src: int = 0) -> _T:
-        return self.group.collect(obj)[src] if torch.distributed.is_initialized() else obj
+        return self.group.collect(obj)[src] if dist.is_initialized() else obj
 
 
 class DataParallelStrategy(GroupStrategy):
     """``ddp``: every process has a share of the samples of every step. Results are those of one process."""
+
+
+class BlockParallelStrategy(GroupStrategy):
+    """``block_parallel``: segments of consecutive blocks are calibrated at the same time.
+
+    Every segment starts from the full-precision activations in front of it and is calibrated in order. Results depend
+    on the number of segments, not on that of the processes: of more processes than segments several share the samples
+    of a segment, of fewer each calibrates several segments in turn.
+
+    Args:
+        segments: Number of segments; null: one for each process.
+        stitch_epochs: Epochs that the first blocks of every segment learn once more when all segments are done, on what
+            the quantized blocks in front of them really give; 0: the segments stay as they are.
+        stitch_blocks: How many blocks at the beginning of a segment these are; null: all.
+        process_group_backend: As of :class:`GroupStrategy`.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        segments: int | None = None,
+        stitch_epochs: int = 0,
+        stitch_blocks: int | None = 1,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(process_group_backend)
+        for name, value, least in (("segments", segments, 1), ("stitch_blocks", stitch_blocks, 1)):
+            if value is not None and value < least:
+                raise ConfigurationError(f"trainer.strategy.{name}", f"{value} is not a positive number")
+        if stitch_epochs < 0:
+            raise ConfigurationError("trainer.strategy.stitch_epochs", f"{stitch_epochs} is below 0")
+        self.segments = segments
+        self.stitch_epochs = stitch_epochs
+        self.stitch_blocks = stitch_blocks
+
+    @property
+    @override
+    def wanted_segments(self) -> int | None:
+        return self.segments
+
+
+StrategyRegistry.register(
+    "block_parallel", BlockParallelStrategy, description="Segments of blocks are calibrated at the same time"
+)
