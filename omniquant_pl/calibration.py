@@ -18,6 +18,7 @@ from torch import Tensor
 from omniquant_pl.activations import BatchOrder, KeptStreams, Storage, Stream, StreamBatches, Streams, map_stream
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.block import BlockModule
+from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.distributed import Group, add_moments, join_ranges, join_samples, refuse_unequal
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.finished import FinishedBlocks
@@ -63,6 +64,11 @@ class Engine:
         self.pause = pause
         self.group = group or Group()
 
+    def embed(self, source: SourceModel, tokens: Tensor) -> Stream:
+        """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""
+        source.to(self.device)
+        return map_stream(source.embed, tokens, self.storage)
+
     def map(self, function: Callable[[Tensor], Tensor], hidden: Stream, splits: bool = True) -> Stream:
         """Runs a block over a stream without gradients; see :func:`map_stream`."""
         with self.context():
@@ -80,6 +86,7 @@ class Calibration:
         order: Order of the samples.
         engine: The trainer's side.
         finished: What was done before an interruption.
+        warm: Returns the factors that a block's start from; ``None`` for the model's own start.
     """
 
     def __init__(
@@ -91,8 +98,10 @@ class Calibration:
         order: BatchOrder,
         engine: Engine,
         finished: FinishedBlocks,
+        warm: Callable[[int], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._model = model
+        self._warm = warm
         self._source = model.source
         self._blocks = blocks
         self._batch_size = batch_size
@@ -192,6 +201,8 @@ class Calibration:
         self._engine.announce("on_inputs_observed", index, inputs)
         block = self._model.block(index, tensors, call, inputs, rows, self._engine.device)
         self._leave_unreached(block, inputs)
+        if self._warm is not None:
+            block.factors.load(self._warm(index), f"block {index} of its segment")
         self._engine.announce("on_block_start", block)
         return _Pending(block, tensors, target, seconds=time.perf_counter() - started)
 

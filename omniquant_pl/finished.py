@@ -99,6 +99,10 @@ class FinishedBlocks:
         self._loaded = (index, factors, content)
         return factors, content
 
+    def is_done(self, blocks: range) -> bool:
+        """Whether blocks are finished and measured."""
+        return all(self.load(index) is not None and self.result(index) is not None for index in blocks)
+
     def result(self, index: int) -> BlockResult | None:
         """Returns what has been measured of a finished block, ``None`` if it was not written down."""
         return self._known.get(index)

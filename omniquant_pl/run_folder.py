@@ -60,6 +60,7 @@ class RunFolder:
         self.streams = path / "streams"
         self.checkpoint = path / "last.ckpt"
         self.window = path / "window.ckpt"
+        self.segments = path / "segments"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -93,6 +94,7 @@ class RunFolder:
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
         shutil.rmtree(self.streams, ignore_errors=True)
+        shutil.rmtree(self.segments, ignore_errors=True)
         left = (self.blocks, self.model, self.metrics, self.report, self.statistics, *self._checkpoints())
         found = [path for path in left if path.exists()]
         if not found:
@@ -118,6 +120,11 @@ class RunFolder:
         """Deletes what only an unfinished run needs."""
         for path in self._checkpoints():
             path.unlink(missing_ok=True)
+        for log in sorted(self.segments.rglob("metrics*.csv")):
+            name = "-".join(part for part in log.relative_to(self.segments).with_suffix("").parts if part != "logs")
+            (self.path / "logs").mkdir(exist_ok=True)
+            log.replace(self.path / "logs" / f"segment-{name}.csv")
+        shutil.rmtree(self.segments, ignore_errors=True)
 
     def refuse_other_settings(self, config: Mapping[str, Any], resumes: bool = False) -> None:
         """Protects what a run with other settings has left here, and does not take it for these settings' own.
