@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from omniquant_pl.callbacks import (
     SaveConfig,
 )
 from omniquant_pl.data import CalibrationData
+from omniquant_pl.distributed import FailedElsewhere
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
@@ -218,11 +220,15 @@ def quieten() -> None:
     """Drops Lightning's messages that fire once a block or do not apply to calibration."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It says which process has died before it ends the others.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         ".*in eval mode at the start of training.*",
         ".*Experiment logs directory.*",
         ".*LeafSpec.*",
         ".*smaller than the logging interval.*",  # losses are logged once an epoch
+        ".*sync_dist=True.*",  # they are means over the processes already
+        ".*`training_step` returned `None`.*",  # the batch's samples are in other processes
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -233,8 +239,12 @@ def main() -> None:
     try:
         run()
     except Interrupted as error:
-        sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
-        sys.exit(0 if requeue(error) else 128 + error.signal_number)
+        is_first = not rank_zero_only.rank
+        if is_first:
+            sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
+        sys.exit(0 if requeue(error, is_first=is_first) else 128 + error.signal_number)
+    except FailedElsewhere:
+        sys.exit(2)
     except MisconfigurationException as error:
         sys.stderr.write(f"error: trainer: {error}\n")
         sys.exit(2)

@@ -93,12 +93,13 @@ class Interruption:
             raise Interrupted(self._received)
 
 
-def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run) -> bool:
+def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run, is_first: bool = True) -> bool:
     """Puts the job of SLURM into the queue again if that is what the signal has asked for.
 
     Args:
         error: What ended the calibration.
         run: Runs a command.
+        is_first: Whether this process speaks for the job.
 
     Returns:
         Whether it was asked for.
@@ -106,7 +107,8 @@ def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run) -> 
     job = _job_id()
     if job is None or error.signal_number != getattr(signal, _REQUEUE, None):
         return False
-    run(["scontrol", "requeue", job], check=True)
+    if is_first:
+        run(["scontrol", "requeue", job], check=True)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from omniquant_pl.distributed.agreement import refuse_differing, refuse_separate_folders, refuse_unequal
 from omniquant_pl.distributed.group import FailedElsewhere, Group
+from omniquant_pl.distributed.logs import mark_logs
 from omniquant_pl.distributed.mesh import Mesh
 from omniquant_pl.distributed.segments import balanced_segments
 from omniquant_pl.distributed.statistics import add_moments, join_ranges, join_samples
@@ -20,6 +21,7 @@ __all__ = [
     "balanced_segments",
     "join_ranges",
     "join_samples",
+    "mark_logs",
     "refuse_differing",
     "refuse_separate_folders",
     "refuse_unequal",

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from omniquant_pl.distributed.gradients import average_gradients
 from omniquant_pl.distributed.group import Group
+from omniquant_pl.distributed.logs import mark_logs
 from omniquant_pl.distributed.mesh import Mesh
 from omniquant_pl.errors import ConfigurationError
 
@@ -90,6 +91,7 @@ class GroupStrategy(DDPStrategy):
             raise ConfigurationError("trainer.num_nodes", message) from error
         self.mesh = Mesh.connected(self.wanted_segments)
         self.group = self.mesh.world
+        mark_logs(self.mesh)
 
     @override
     def configure_ddp(self) -> None:
