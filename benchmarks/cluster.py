@@ -156,14 +156,17 @@ def speed(arguments: argparse.Namespace) -> None:
     common = {"model.path": str(model), "trainer.max_epochs": arguments.epochs, "export.format": "null"}
     common |= random_data(arguments, 16, 256, 2)
     seconds: dict[int, list[float]] = {1: [], 2: []}
+    inputs: list[float] = []
     for number in range(arguments.repeats):
         for count in seconds:
             folder = arguments.runs / f"speed-{count}-{number}"
             fit(folder, "w4a4.yaml", common | segments(count) | {"trainer.devices": count})
-            seconds[count].append(metrics(folder)["seconds"]["calibration"])
+            found = metrics(folder)["seconds"]
+            seconds[count].append(found["calibration"])
+            inputs += [found["inputs"] / found["calibration"]] if count > 1 else []
             print(f"{count} segments: {seconds[count][-1]:.1f} s", flush=True)
-    one, two = (median(found) for found in seconds.values())
-    print(f"medians {one:.1f} and {two:.1f} s, {one / two:.2f} times as fast")
+    one, two = (median(each) for each in seconds.values())
+    print(f"medians {one:.1f} and {two:.1f} s, {one / two:.2f} times as fast; {100 * median(inputs):.1f} % are inputs")
 
 
 def main() -> None:

@@ -81,7 +81,9 @@ class MetricsCallback(CalibrationCallback):
 
     @override
     def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
+        assert isinstance(trainer, SequentialTrainer)
         self.metrics["blocks"] = [asdict(result) for result in results]
+        self.metrics["seconds"]["inputs"] = trainer.input_seconds  # of the segments
         self.metrics["seconds"]["calibration"] = time.perf_counter() - self._calibration_started
         self._write(trainer)
 

@@ -82,7 +82,8 @@ class GroupStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        if dist.is_initialized():  # Lightning asks for it once a block
+        assert self.cluster_environment is not None
+        if dist.is_initialized() or self.cluster_environment.world_size() == 1:  # Lightning asks once a block
             return
         try:
             super().setup_distributed()

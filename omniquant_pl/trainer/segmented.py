@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,9 +143,12 @@ class SegmentedCalibration:
 
     def _inputs(self, build: BlockBuilder, segments: range, engine: Engine) -> dict[int, Stream]:
         """Hidden states in front of this process's segments, all processes taking part."""
+        started = time.perf_counter()
         owners = {self._segments[number].start: number // self._each for number in segments}
         share = self._mesh.world.share(self._tokens)
-        return border_streams(self._model.source, build, share, owners, engine, self._mesh.segments)
+        found = border_streams(self._model.source, build, share, owners, engine, self._mesh.segments)
+        self._trainer.input_seconds += time.perf_counter() - started
+        return found
 
     def _is_done(self, number: int, folder: RunFolder) -> bool:
         return self._trainer.finished(folder).is_done(self._segments[number])

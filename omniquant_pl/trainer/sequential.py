@@ -76,6 +76,7 @@ class SequentialTrainer(RunTrainer):
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
         self.first_epoch = 0
+        self.input_seconds = 0.0
         self._parts = 1
         self._resume: tuple[Path, dict[str, Any]] | None = None
         self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []

@@ -137,7 +137,8 @@ def test_segments_are_the_same_whoever_calibrates_them(fit: Fit, deep: Path, tmp
 
 def slurm_of_two(rank: int, size: int, port: int) -> dict[str, str]:
     """Two processes of one node."""
-    return slurm(rank, size, port) | {"SLURM_NNODES": "1", "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+    one_node = {"SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": str(size), "SLURM_NODEID": "0"}
+    return slurm(rank, size, port) | one_node | {"SLURM_LOCALID": str(rank)}
 
 
 def test_nodes_of_slurm_calibrate_as_one(fit: Fit, llama: Path, tmp_path: Path) -> None:
