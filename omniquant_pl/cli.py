@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``test``, ``export``, ``generate`` and ``compare``, over Lightning's own."""
+"""The command line: ``fit``, ``test``, ``export``, ``generate``, ``compare``, ``plan``, over Lightning's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from omniquant_pl.callbacks import (
     SaveConfig,
 )
 from omniquant_pl.data import CalibrationData
-from omniquant_pl.distributed import FailedElsewhere
+from omniquant_pl.distributed import FailedElsewhereError
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
@@ -102,6 +102,7 @@ class OmniQuantCLI(LightningCLI):
             "export": {"model", "datamodule"},
             "generate": {"model", "datamodule"},
             "compare": {"model", "datamodule"},
+            "plan": {"model", "datamodule"},
         }
 
     @override
@@ -243,7 +244,7 @@ def main() -> None:
         if is_first:
             sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
         sys.exit(0 if requeue(error, is_first=is_first) else 128 + error.signal_number)
-    except FailedElsewhere:
+    except FailedElsewhereError:
         sys.exit(2)
     except MisconfigurationException as error:
         sys.stderr.write(f"error: trainer: {error}\n")

@@ -1,7 +1,7 @@
 """Several processes: who shares what with whom, and what Lightning is told of it."""
 
 from omniquant_pl.distributed.agreement import refuse_differing, refuse_separate_folders, refuse_unequal
-from omniquant_pl.distributed.group import FailedElsewhere, Group
+from omniquant_pl.distributed.group import FailedElsewhereError, Group
 from omniquant_pl.distributed.logs import mark_logs
 from omniquant_pl.distributed.mesh import Mesh
 from omniquant_pl.distributed.segments import balanced_segments
@@ -12,7 +12,7 @@ from omniquant_pl.distributed.watch import Watch
 __all__ = [
     "BlockParallelStrategy",
     "DataParallelStrategy",
-    "FailedElsewhere",
+    "FailedElsewhereError",
     "Group",
     "GroupStrategy",
     "Mesh",

@@ -61,7 +61,9 @@ def refuse_separate_folders(path: Path, group: Group) -> None:
     group.barrier()
     with group.together():
         if not (mark.is_file() and mark.read_text(encoding="utf-8") == name):
-            message = f"{path} on {socket.gethostname()} is not the folder of process 0; all nodes have to see the same one"
+            message = (
+                f"{path} on {socket.gethostname()} is not the folder of process 0; all nodes have to see the same one"
+            )
             raise ConfigurationError("trainer.default_root_dir", message)
     if group.is_first:
         mark.unlink()

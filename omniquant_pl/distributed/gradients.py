@@ -30,7 +30,9 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
     found = list(parameters)
     # On the CPU whatever the device: asking a GPU would wait for it.
     reached = group.maximum(torch.tensor([parameter.grad is not None for parameter in found], dtype=torch.uint8))
-    gradients = [_gradient(parameter) for parameter, is_reached in zip(found, reached.tolist(), strict=True) if is_reached]
+    gradients = [
+        _gradient(parameter) for parameter, is_reached in zip(found, reached.tolist(), strict=True) if is_reached
+    ]
     small = [gradient for gradient in gradients if gradient.numel() < _LARGE]
     for gradient in gradients:
         if gradient.numel() >= _LARGE:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 
-__all__ = ["FailedElsewhere", "Group"]
+__all__ = ["FailedElsewhereError", "Group"]
 
 _T = TypeVar("_T")
 
 
-class FailedElsewhere(ConfigurationError):
+class FailedElsewhereError(ConfigurationError):
     """What another process of the group has failed with; that one says it.
 
     Args:
@@ -49,7 +49,7 @@ class Group:
         return self.rank == 0
 
     def share(self, values: Tensor) -> Tensor:
-        """Returns this process's samples of ``[samples, ...]``: every ``size``-th, so that batches are shared evenly."""
+        """Returns this process's samples of ``[samples, ...]``: every ``size``-th, so that batches divide evenly."""
         return values[self.rank :: self.size]
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Group:
 
         Raises:
             ConfigurationError: As inside.
-            FailedElsewhere: If it was another process.
+            FailedElsewhereError: If it was another process.
         """
         error: ConfigurationError | CalibrationError | None = None
         try:
@@ -140,4 +140,4 @@ class Group:
             return
         if error is not None and first == self.rank:
             raise error
-        raise FailedElsewhere(str(messages[first]))
+        raise FailedElsewhereError(str(messages[first]))

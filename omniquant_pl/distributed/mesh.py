@@ -44,7 +44,9 @@ class Mesh:
         rows = size if segments is None else min(segments, size)
         columns, rest = divmod(size, rows)
         if rest or (segments is not None and segments % rows):
-            message = f"{segments} segments cannot be shared out evenly among {size} processes; one must divide the other"
+            message = (
+                f"{segments} segments cannot be shared out evenly among {size} processes; one must divide the other"
+            )
             raise ConfigurationError("trainer.strategy.segments", message)
         row, column = divmod(rank, columns)
         world = _connect([list(range(size))])

@@ -29,7 +29,11 @@ def balanced_segments(costs: Sequence[int], count: int) -> list[range]:
     best = {end: (sums[end], [0]) for end in range(1, len(costs) + 1)}
     for number in range(2, count + 1):
         best = {
-            end: min((max(best[start][0], sums[end] - sums[start]), [*best[start][1], start]) for start in best if start < end)
+            end: min(
+                (max(best[start][0], sums[end] - sums[start]), [*best[start][1], start])
+                for start in best
+                if start < end
+            )
             for end in range(number, len(costs) + 1)
         }
     starts = best[len(costs)][1]

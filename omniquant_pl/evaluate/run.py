@@ -11,8 +11,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from omniquant_pl.evaluate.perplexity import BlockBuilder, original_blocks, perplexity
 from omniquant_pl.distributed import Group
+from omniquant_pl.evaluate.perplexity import BlockBuilder, original_blocks, perplexity
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import VARIANTS, RunFolder
 

@@ -99,7 +99,9 @@ def refuse_settings(model: OmniQuantModel, group: Group) -> None:
     if group.size > 1 and has_experts and model.start.needs_samples:
         is_clipping = model.clipping is not None and model.clipping.search
         key, value = ("clipping.search", "false") if is_clipping else ("transform.initial", "smoothquant")
-        message = f"processes would sample other tokens of an expert than one does; set it to {value}, or take one process"
+        message = (
+            f"processes would sample other tokens of an expert than one does; set it to {value}, or take one process"
+        )
         raise ConfigurationError(f"model.{key}", message)
 
 

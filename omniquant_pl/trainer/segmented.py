@@ -43,7 +43,9 @@ def block_costs(model: OmniQuantModel) -> list[int]:
     """What calibrating each block costs, next to the others: multiplications of a token."""
     weights, source = model.quantized_weights, model.source
     names = [source.stored_names(index) for index in range(len(source))]
-    return [sum(weights[name][1][0] * weights[name][1][1] for name in each.values() if name in weights) for each in names]
+    return [
+        sum(weights[name][1][0] * weights[name][1][1] for name in each.values() if name in weights) for each in names
+    ]
 
 
 def _count(strategy: BlockParallelStrategy) -> int:

@@ -35,10 +35,11 @@ from omniquant_pl.fingerprint import fingerprint
 from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.interruption import Interruption, is_requeued
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.trainer.comparing import compare_methods
 from omniquant_pl.trainer.exporting import export_run
 from omniquant_pl.trainer.generating import generate_text
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.trainer.planning import plan_run
 from omniquant_pl.trainer.refusals import refuse_segments, refuse_settings, refuse_shares
 from omniquant_pl.trainer.run import RunTrainer, seed
 from omniquant_pl.trainer.segmented import SegmentedCalibration, segment_settings
@@ -72,7 +73,7 @@ class SequentialTrainer(RunTrainer):
     def __init__(self, *, max_epochs: int = 20, **options: Any) -> None:
         super().__init__(max_epochs=max_epochs, **options)
         self.epochs_per_block = max_epochs
-        self.interruption = Interruption(lambda number: self.group.largest(number))
+        self.interruption = Interruption(self._agree)
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
         self.first_epoch = 0
@@ -85,12 +86,16 @@ class SequentialTrainer(RunTrainer):
     export = export_run
     generate = generate_text
     compare = compare_methods
+    plan = plan_run
 
     @property
     @override
     def received_sigterm(self) -> bool:
         """Never: Lightning would leave at once, the calibration obeys signals where nothing gets lost."""
         return False
+
+    def _agree(self, number: int) -> int:
+        return self.group.largest(number)
 
     @override
     def _fit_impl(

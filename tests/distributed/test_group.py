@@ -84,7 +84,7 @@ def refusal(rank: int) -> str:
 
 
 def test_what_one_refuses_all_refuse() -> None:
-    expected = ["FailedElsewhere data.samples: too few", "ConfigurationError data.samples: too few"]
+    expected = ["FailedElsewhereError data.samples: too few", "ConfigurationError data.samples: too few"]
     assert together(refusal, 2) == expected
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,7 @@ from omniquant_pl.errors import ConfigurationError
 def least_cost(costs: list[int], count: int) -> int:
     """By trying all borders."""
     borders = ((0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), count - 1))
-    return min(max(sum(costs[a:b]) for a, b in zip(each, each[1:], strict=False)) for each in borders)
+    return min(max(sum(costs[a:b]) for a, b in pairwise(each)) for each in borders)
 
 
 @given(st.data())
