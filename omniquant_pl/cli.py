@@ -240,7 +240,7 @@ def main() -> None:
     try:
         run()
     except Interrupted as error:
-        is_first = not rank_zero_only.rank
+        is_first = not rank_zero_only.rank  # type: ignore[attr-defined]
         if is_first:
             sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
         sys.exit(0 if requeue(error, is_first=is_first) else 128 + error.signal_number)

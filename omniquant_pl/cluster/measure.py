@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import observe_inputs, observe_samples
 
 __all__ = ["estimated_times", "measured_times"]
+
+_T = TypeVar("_T")
 
 _REPEATS = 3
 _STEP_PRODUCTS = 3
@@ -74,13 +77,13 @@ def _step(module: BlockModule, optimizer: torch.optim.Optimizer, batch: tuple[Te
     optimizer.zero_grad()
     with engine.context():
         loss = module.loss(batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
 
 
-def _timed(run: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> tuple[float, object]:
+def _timed(run: Callable[[], _T], device: torch.device, repeats: int = _REPEATS) -> tuple[float, _T]:
     """Seconds of the fastest of some runs, after one that does not count if there are several, and its result."""
-    seconds, result = [], None
+    seconds = []
     for _ in range(repeats + (repeats > 1)):
         _wait(device)
         started = time.perf_counter()

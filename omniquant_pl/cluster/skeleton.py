@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from torch import nn
 from transformers import AutoConfig
 
 from omniquant_pl.arch import family_of
@@ -41,7 +43,7 @@ def read_skeleton(path: str) -> Skeleton:
     family, config = family_of(whole), whole.get_text_config()
     model = build_without_weights(whole, family, False)
     total = sum(parameter.numel() for parameter in model.parameters())
-    blocks = list(model.get_submodule(family.blocks))
+    blocks = list(cast(nn.ModuleList, model.get_submodule(family.blocks)))
     shapes = []
     for index, block in enumerate(blocks):
         layout = family.block(config, index)

@@ -57,12 +57,12 @@ class GroupStrategy(DDPStrategy):
     def inside(self, group: Group) -> Iterator[None]:
         """For a while, this process works with the processes of a group only."""
         before, self.group = self.group, group
-        rank = rank_zero_only.rank
-        rank_zero_only.rank = group.rank  # a group keeps a log of its own
+        rank = rank_zero_only.rank  # type: ignore[attr-defined]
+        rank_zero_only.rank = group.rank  # type: ignore[attr-defined]  # a group keeps a log of its own
         try:
             yield
         finally:
-            self.group, rank_zero_only.rank = before, rank
+            self.group, rank_zero_only.rank = before, rank  # type: ignore[attr-defined]
 
     @property
     @override

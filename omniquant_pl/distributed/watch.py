@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -43,7 +44,7 @@ class Watch:
         self._end = end or _end_this_process
         self._stopping = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._store = _connect() if size > 1 else None
+        self._store: Any = _connect() if size > 1 else None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -65,13 +66,11 @@ class Watch:
 
     def _tell(self, reason: str) -> None:
         try:
-            assert self._store is not None
             self._store.compare_set("failed", "", reason)
         except (RuntimeError, OSError):
             _log.debug("the others are gone already")
 
     def _run(self) -> None:
-        assert self._store is not None
         count = 0
         while not self._stopping.wait(_INTERVAL):
             count += 1
@@ -89,7 +88,7 @@ class Watch:
         store = self._store
         assert store is not None
         if store.check(["failed"]):
-            return store.get("failed").decode()
+            return str(store.get("failed").decode())
         for rank in range(1, self._size) if self._rank == 0 else (0,):
             reason = self._look_at(rank)
             if reason is not None:
@@ -98,7 +97,6 @@ class Watch:
         return None
 
     def _look_at(self, rank: int) -> str | None:
-        assert self._store is not None
         sign = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
         before, since = self._seen.get(rank, (b"", time.monotonic()))
         if sign != before or rank not in self._seen:
@@ -109,11 +107,12 @@ class Watch:
         return f"process {rank} has given no sign of life for {_SILENCE:.0f} seconds"
 
 
-def _connect() -> dist.Store:
+def _connect() -> Any:
     """Another connection to the store of the job: one that waits would keep the thread waiting."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-    return dist.PrefixStore(f"omniquant-watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    prefix = f"omniquant-watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
 def _end_this_process(reason: str) -> None:
