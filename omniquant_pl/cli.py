@@ -36,6 +36,7 @@ from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.presets import find_config
 from omniquant_pl.refusals import in_one_line
 from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.trainer.refusals import refuse_several
 
 __all__ = ["OmniQuantCLI", "main", "quieten", "run"]
 
@@ -173,6 +174,7 @@ class OmniQuantCLI(LightningCLI):
 
     def _refuse_other_settings(self, subcommand: str) -> None:
         assert isinstance(self.trainer, SequentialTrainer)
+        refuse_several(self.trainer)
         self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
 
     def _settings(self, subcommand: str) -> dict[str, Any]:

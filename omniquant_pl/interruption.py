@@ -83,6 +83,16 @@ class Interruption:
         if number:
             raise Interrupted(number)
 
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Takes the failure of a connection for the signal, if one has come: another process has obeyed it already."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._received is None:
+                raise
+            raise Interrupted(self._received) from error
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._received is not None and number == signal.SIGINT:

@@ -67,8 +67,9 @@ class RunFolder:
         """Keeps other processes of this machine out; a killed process leaves no lock behind.
 
         Raises:
-            ConfigurationError: If one is at work here.
+            ConfigurationError: If one is at work here, or this is inside another run's folder.
         """
+        self._refuse_inside_another()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as file:
             try:
@@ -84,6 +85,12 @@ class RunFolder:
                 raise ConfigurationError("trainer.default_root_dir", message) from error
             self._remove_parts()
             yield
+
+    def _refuse_inside_another(self) -> None:
+        for parent in self.path.resolve().parents:
+            if (parent / ".lock").is_file() and (parent / "config.yaml").is_file():
+                message = f"{self.path} is inside the folder of another run, {parent}; choose one beside it"
+                raise ConfigurationError("trainer.default_root_dir", message)
 
     def _remove_parts(self) -> None:
         """Deletes what a process that was killed had begun to write."""

@@ -15,7 +15,15 @@ from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 
-__all__ = ["chosen_strategy", "refuse_options", "refuse_segments", "refuse_settings", "refuse_shares", "refuse_trainer"]
+__all__ = [
+    "chosen_strategy",
+    "refuse_options",
+    "refuse_segments",
+    "refuse_settings",
+    "refuse_several",
+    "refuse_shares",
+    "refuse_trainer",
+]
 
 _PRECISIONS = ("32-true", "bf16-mixed")
 _STRATEGIES = ("single_device", "block_parallel")
@@ -53,6 +61,15 @@ def _refuse_lonely(trainer: Trainer) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1:
         message = f"{trainer.num_devices} is not what was started, {started} processes in all; say how many a node has"
+        raise ConfigurationError("trainer.devices", message)
+
+
+def refuse_several(trainer: Trainer) -> None:
+    """Refuses a launcher's processes for what one process does: each would do the same in the same folder."""
+    strategy = trainer.strategy
+    environment = strategy.cluster_environment if isinstance(strategy, GroupStrategy) else None
+    if environment is not None and environment.creates_processes_externally and environment.world_size() > 1:
+        message = f"only fit works in {environment.world_size()} processes; start one"
         raise ConfigurationError("trainer.devices", message)
 
 

@@ -169,7 +169,7 @@ class SequentialTrainer(RunTrainer):
         self.announce("on_calibration_start", model)
         self.announce("on_baseline", model)
         self._early_stopping = [(c, c.state_dict()) for c in self.early_stopping_callbacks]
-        with self.interruption.deferred():
+        with self.interruption.deferred(), self.interruption.explaining():
             if isinstance(self.strategy, BlockParallelStrategy):
                 SegmentedCalibration(self, self.strategy, model, datamodule, tokens).run()
             else:
