@@ -125,29 +125,30 @@ def random_data(arguments: argparse.Namespace, samples: int, tokens: int, window
 
 
 def equal(arguments: argparse.Namespace) -> None:
-    """Prints the largest relative difference of a block's factors, and the metrics of both."""
+    """Prints the largest relative difference of the factors of each block, and the metrics of both."""
     model = arguments.runs / "equal-model"
     make_model(model, 4, 128)
     common = {"model.path": str(model), "data.batch_size": 4, "trainer.max_epochs": arguments.epochs}
     common |= random_data(arguments, 32, 128, 16)
-    print("| scheme | largest difference of a factor | perplexity, 1 process | 2 processes |\n|---|---|---|---|")
+    print(
+        "| scheme | largest difference of a factor, by block | perplexity, 1 process | 2 processes |\n|---|---|---|---|"
+    )
     for scheme in SCHEMES:
         folders = [arguments.runs / f"equal-{scheme}-{count}" for count in (1, 2)]
         fit(folders[0], f"{scheme}.yaml", common)
         fit(folders[1], f"{scheme}.yaml", common | {"trainer.strategy": "ddp", "trainer.devices": 2})
         one, two = (metrics(folder)["perplexity"]["evaluation"]["quantized"] for folder in folders)
-        print(f"| {scheme} | {largest_difference(*folders):.1e} | {one:.10f} | {two:.10f} |", flush=True)
+        print(f"| {scheme} | {differences(*folders)} | {one:.7f} | {two:.7f} |", flush=True)
 
 
-def largest_difference(*folders: Path) -> float:
-    """Over the factors of all blocks, the norm of the difference over the norm."""
-    largest = 0.0
+def differences(*folders: Path) -> str:
+    """The largest of each block: over its factors, the norm of the difference over the norm."""
+    found = []
     for path in sorted((folders[0] / "blocks").iterdir()):
         one, two = load_file(path), load_file(folders[1] / "blocks" / path.name)
-        for name, factor in one.items():
-            difference = (factor.double() - two[name].double()).norm() / factor.double().norm()
-            largest = max(largest, float(difference))
-    return largest
+        norms = [(factor.double() - two[name].double()).norm() / factor.double().norm() for name, factor in one.items()]
+        found.append(f"{float(max(norms)):.0e}")
+    return " ".join(found)
 
 
 def speed(arguments: argparse.Namespace) -> None:
