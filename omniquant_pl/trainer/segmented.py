@@ -136,7 +136,7 @@ class SegmentedCalibration:
         """Counts the blocks behind those that are stitched as finished: they only get other inputs."""
         blocks, count = self._segments[number], self._strategy.stitch_blocks
         if self._trainer.is_global_zero:
-            for index in blocks if count is None else blocks[count:]:
+            for index in () if count is None else blocks[count:]:
                 _copy(draft.factor_file(index), self._trainer.run_folder.factor_file(index))
         self._trainer.group.barrier()
 
