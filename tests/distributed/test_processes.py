@@ -202,6 +202,20 @@ def test_a_segment_starts_from_what_transformers_gives_it(
     assert math.isclose(block["relative_error_rtn"], expected, rel_tol=1e-2)  # scales are rounded to what stores them
 
 
+@pytest.mark.parametrize(("blocks", "expected"), [(1, [True, False]), (None, [True, True])])
+def test_the_first_blocks_of_a_segment_are_stitched(
+    fit: Fit, deep: Path, tmp_path: Path, blocks: int | None, expected: list[bool]
+) -> None:
+    """They learn once more; of the others the factors stay."""
+    drafts, stitched = tmp_path / "drafts", tmp_path / "stitched"
+    calibrate(fit, deep, drafts, strategy=segments(2))
+    calibrate(fit, deep, stitched, strategy=segments(2, stitch_epochs=1, stitch_blocks=blocks))
+    names = bytes_of(drafts)
+    factors = [[load_file(folder / "blocks" / name) for name in names] for folder in (drafts, stitched)]
+    changed = [any(not torch.equal(one[key], two[key]) for key in one) for one, two in zip(*factors, strict=True)]
+    assert changed == [False, False, *expected]
+
+
 def test_a_segment_goes_on_where_it_was(fit: Fit, deep: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     options: dict[str, Any] = {"strategy": segments(2, stitch_epochs=2)}
