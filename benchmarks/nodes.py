@@ -129,7 +129,7 @@ def kill(launch: object, victim: int, command: Sequence[str], folder: Path, runs
     code = nodes[1 - victim].wait()
     seconds = time.perf_counter() - started
     lines = (runs / f"node{1 - victim}.log").read_text().splitlines()
-    reason = next((line for line in lines if "the job ends" in line), lines[-1] if lines else "")
+    reason = next((line for line in lines if line.startswith("error: ")), "no reason")
     print(f"node {victim} killed: the other ended after {seconds:.0f} s with {code}: {reason}", flush=True)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from omniquant_pl.errors import CalibrationError
+
 __all__ = ["Watch"]
 
 _log = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ _log = logging.getLogger(__name__)
 _INTERVAL = 2.0
 _SILENCE = 25.0
 """Seconds without a sign after which a process counts as dead."""
+_CLOSED = "closed by peer"
+"""What gloo says of a process that it cannot reach any more; its error has no type of its own."""
 _GRACE = 12.0
 """Seconds for a process to keep what it has learned, after it has heard that another is dead."""
 
@@ -48,7 +52,11 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches inside; what is raised inside is told to the others."""
+        """Watches inside; what is raised inside is told to the others.
+
+        Raises:
+            CalibrationError: If another process has gone while this one was waiting for it.
+        """
         if self._store is None:
             yield
             return
@@ -59,6 +67,8 @@ class Watch:
         except BaseException as error:
             self._stopping.set()
             self._tell(f"process {self._rank} on {socket.gethostname()}: {error or type(error).__name__}")
+            if isinstance(error, RuntimeError) and _CLOSED in str(error):
+                raise CalibrationError(f"another process of the job is gone: {error}") from error
             raise
         finally:
             self._stopping.set()
