@@ -60,8 +60,8 @@ class KeepBestState(CalibrationCallback):
         assert isinstance(module, BlockModule)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             batches: StreamBatches = trainer.train_dataloader  # type: ignore[assignment]
-            losses = [module.loss(batch) * len(batch[0]) for batch in batches]
-        loss = float(torch.stack(losses).sum())
+            losses = [module.loss(batch) * len(batch[0]) for batch in batches if len(batch[0])]
+        loss = float(trainer.strategy.reduce(torch.stack(losses).sum(), reduce_op="sum"))
         if loss < self._least:
             self._best = {}  # two copies at once would be large where rounding is learned
             self._least, self._best = loss, copy.deepcopy(module.state_dict())

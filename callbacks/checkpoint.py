@@ -67,7 +67,8 @@ class CheckpointCallback(CalibrationCallback):
         # Gradients of half a step are in no checkpoint, and Lightning would take the end of an epoch for done.
         if trainer.fit_loop._should_accumulate() or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
-        if trainer.interruption.is_requested or self._is_due():
+        is_wanted = trainer.interruption.is_requested or self._is_due()
+        if trainer.strategy.reduce_boolean_decision(is_wanted, all=False):
             self._save(trainer)
             trainer.interruption.obey()
 

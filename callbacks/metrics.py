@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -69,6 +70,22 @@ class MetricsCallback(CalibrationCallback):
         self._calibration_started = time.perf_counter() - self._calibrated_before
         if not trainer.resumes:
             self._write(trainer)
+
+    @override
+    def on_segment_start(self, trainer: Trainer, index: int, blocks: range) -> None:
+        self.metrics["blocks"] = []
+
+    @override
+    def on_segment_end(self, trainer: Trainer, index: int, blocks: range) -> None:
+        self._write(trainer)
+
+    @override
+    def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        self.metrics["blocks"] = [asdict(result) for result in results]
+        self.metrics["seconds"]["inputs"] = trainer.input_seconds  # of the segments
+        self.metrics["seconds"]["calibration"] = time.perf_counter() - self._calibration_started
+        self._write(trainer)
 
     @override
     def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -14,6 +16,7 @@ from typing_extensions import override
 
 from omniquant_pl.block import BlockModule
 from omniquant_pl.callbacks.log_file import LogFile
+from omniquant_pl.callbacks.segments import OtherSegments
 from omniquant_pl.evaluate import perplexity_table
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.memory import peak_memory
@@ -54,6 +57,8 @@ class ProgressCallback(CalibrationCallback):
         self._blocks = self._steps = TaskID(0)
         self._count = self._done = self._restored = 0
         self._started = self._learning_since = 0.0
+        self._segment = ""
+        self._others: OtherSegments | None = None
 
     def _say(self, line: str) -> None:
         text = Text(line)  # which is no markup: paths may have brackets
@@ -64,6 +69,11 @@ class ProgressCallback(CalibrationCallback):
 
     @override
     def on_ready(self, trainer: Trainer, model: OmniQuantModel) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        self._others = OtherSegments(trainer.run_folder.segments, self._on_other_block)
+        if trainer.global_rank > 0:  # the first process says it all
+            self.console.quiet = self._progress.disable = True
+            self._log_file = None
         if self._log_file is not None:
             self._log_file.open()
 
@@ -76,6 +86,28 @@ class ProgressCallback(CalibrationCallback):
         self._progress.start()
         self._blocks = self._progress.add_task("blocks", total=self._count, detail="")
         self._steps = self._progress.add_task("steps", total=None, detail="")
+
+    @override
+    def on_segment_start(self, trainer: Trainer, index: int, blocks: range) -> None:
+        assert isinstance(trainer, SequentialTrainer)
+        self._segment = f"segment {index}: "
+        self._say(f"segment {index}: blocks {blocks[0]} to {blocks[-1]}")
+        if self._others is not None and trainer.global_rank == 0:
+            self._others.start(index)
+
+    def _on_other_block(self, segment: int, block: Mapping[str, Any]) -> None:
+        self._done += 1
+        self._progress.update(self._blocks, completed=self._done)
+        self._say(f"segment {segment}: {_line(block)}")
+
+    @override
+    def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
+        self._stop_others()
+        self._progress.update(self._blocks, completed=len(results))
+
+    def _stop_others(self) -> None:
+        if self._others is not None:
+            self._others.stop()
 
     @override
     def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
@@ -117,19 +149,14 @@ class ProgressCallback(CalibrationCallback):
     def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
         self._done, self._restored = self._done + 1, self._restored + 1
         self._progress.update(self._blocks, completed=self._done)
-        self._say(f"block {result.index}: finished before, error {_shown(result.relative_error)}")
+        self._say(f"{self._segment}block {result.index}: finished before, error {_shown(result.relative_error)}")
 
     @override
     def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
         self._done += 1
         memory = _memory(trainer)
         self._progress.update(self._blocks, completed=self._done, detail=f"peak memory {memory}")
-        self._say(
-            f"block {result.index}: error {result.relative_error:.2e} of the output's power, "
-            f"round-to-nearest {result.relative_error_rtn:.2e}; loss {result.loss_initial:.2e} -> "
-            f"{result.loss_final:.2e}; {result.epochs} epochs, {seconds_in_words(result.seconds)}, {memory}"
-            f"{self._time_left()}"
-        )
+        self._say(f"{self._segment}{_line(asdict(result))}, {memory}{self._time_left()}")
 
     def _time_left(self) -> str:
         left = self._count - self._done
@@ -152,6 +179,7 @@ class ProgressCallback(CalibrationCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._progress.stop()
+        self._stop_others()
         if self._log_file is not None:
             self._log_file.write(f"stopped: {type(exception).__name__}: {exception}")
         self._close()
@@ -159,6 +187,16 @@ class ProgressCallback(CalibrationCallback):
     def _close(self) -> None:
         if self._log_file is not None:
             self._log_file.close()
+
+
+def _line(block: Mapping[str, Any]) -> str:
+    """What became of a block; in files a number that is not finite is null."""
+    keys = ("relative_error", "relative_error_rtn", "loss_initial", "loss_final")
+    error, nearest, initial, final = (_shown(block[key]) for key in keys)
+    return (
+        f"block {block['index']}: error {error} of the output's power, round-to-nearest {nearest}; "
+        f"loss {initial} -> {final}; {block['epochs']} epochs, {seconds_in_words(block['seconds'])}"
+    )
 
 
 def _shown(error: float | None) -> str:

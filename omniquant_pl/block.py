@@ -41,6 +41,7 @@ class BlockModule(LightningModule):
     Attributes:
         parts: Parts that a batch is taken in, since it did not fit into memory at once; gradients are the same.
         steps: Optimizer steps that the schedule is spread over; set before the fit.
+        weight: What the mean over this process's samples of a batch counts, by the batch's position and their number.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class BlockModule(LightningModule):
         self.learning = learning
         self.steps = 0
         self.parts = 1
+        self.weight: Callable[[int, int], float] = lambda number, samples: 1.0
+        self._weight = 1.0
         self._batch: Sequence[Tensor] = ()
         self.epoch_losses: list[float] = []
         self._loss_sum = self._resumed_sum = torch.zeros(())
@@ -94,12 +97,18 @@ class BlockModule(LightningModule):
         self._head = None
 
     @override
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``."""
-        self._batch = batch
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor | None:
+        """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``.
+
+        Of a batch whose samples are all in other processes there is none.
+        """
+        self._loss_count += 1
+        samples = len(batch[0])
+        if samples == 0:
+            return None
+        self._batch, self._weight = batch, self.weight(batch_idx, samples)
         loss = self._loss_that_fits()
         self._loss_sum += loss.detach()
-        self._loss_count += 1
         return loss
 
     def _loss_that_fits(self) -> Tensor:
@@ -113,7 +122,7 @@ class BlockModule(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         while True:
             try:
-                return loss_in_parts(self.loss, self._batch, parameters, self.parts)
+                return loss_in_parts(self.loss, self._batch, parameters, self.parts) * self._weight
             except torch.OutOfMemoryError as error:
                 message = str(error)
             self._take_more_parts(message)  # outside of the handler, which would hold on to what did not fit
@@ -150,7 +159,7 @@ class BlockModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch"] = {
             "losses": list(self.epoch_losses),
-            "loss_sum": self._loss_sum.detach().cpu(),
+            "loss_sum": self._mean_of_processes(self._loss_sum.detach()).cpu(),
             "loss_count": self._loss_count,
         }
 
@@ -159,6 +168,9 @@ class BlockModule(LightningModule):
         epoch = checkpoint["epoch"]
         self.epoch_losses = list(epoch["losses"])
         self._resumed_sum, self._loss_count = epoch["loss_sum"], epoch["loss_count"]
+
+    def _mean_of_processes(self, value: Tensor) -> Tensor:
+        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))
 
     def forget_epoch(self) -> None:
         """Drops the losses of the current epoch, which has been taken back."""
@@ -169,7 +181,7 @@ class BlockModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         if self._loss_count == 0:
             return
-        mean = float(self._loss_sum) / self._loss_count
+        mean = float(self._mean_of_processes(self._loss_sum)) / self._loss_count
         self.epoch_losses.append(mean)
         self.log("loss", mean)
         self.log("block", float(self.index))

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,8 @@ from torch import Tensor
 from omniquant_pl.activations import BatchOrder, KeptStreams, Storage, Stream, StreamBatches, Streams, map_stream
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.block import BlockModule
+from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.distributed import Group, add_moments, join_ranges, join_samples, refuse_unequal
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.hooks import BlockResult
@@ -41,6 +43,7 @@ class Engine:
         fit_block: Lets a block learn from batches.
         announce: Calls a hook of the callbacks with its arguments.
         pause: Called where an interruption loses nothing.
+        group: The processes that have the other samples; the streams of this one hold its share.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Engine:
         fit_block: Callable[[BlockModule, StreamBatches], None],
         announce: Callable[..., None],
         pause: Callable[[], None] = lambda: None,
+        group: Group | None = None,
     ) -> None:
         self.device = device
         self.storage = storage
@@ -58,6 +62,12 @@ class Engine:
         self.fit_block = fit_block
         self.announce = announce
         self.pause = pause
+        self.group = group or Group()
+
+    def embed(self, source: SourceModel, tokens: Tensor) -> Stream:
+        """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""
+        source.to(self.device)
+        return map_stream(source.embed, tokens, self.storage)
 
     def map(self, function: Callable[[Tensor], Tensor], hidden: Stream, splits: bool = True) -> Stream:
         """Runs a block over a stream without gradients; see :func:`map_stream`."""
@@ -66,48 +76,55 @@ class Engine:
 
 
 class Calibration:
-    """Calibrates the blocks of a model one after the other.
+    """Calibrates consecutive blocks of a model one after the other.
 
     Args:
         model: The model and its settings.
-        tokens: Calibration token ids ``[samples, tokens]``.
-        batch_size: Samples of a step.
+        blocks: Which blocks; all of a model without cluster.
+        streams: Both streams in front of the first of them.
+        batch_size: Samples of a step, over all processes of the group.
         order: Order of the samples.
         engine: The trainer's side.
         finished: What was done before an interruption.
+        warm: Returns the factors that a block's start from; ``None`` for the model's own start.
     """
 
     def __init__(
         self,
         model: OmniQuantModel,
-        tokens: Tensor,
+        blocks: range,
+        streams: Streams,
         batch_size: int,
         order: BatchOrder,
         engine: Engine,
         finished: FinishedBlocks,
+        warm: Callable[[int], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._model = model
+        self._warm = warm
         self._source = model.source
+        self._blocks = blocks
         self._batch_size = batch_size
         self._order = order
         self._engine = engine
         self._finished = finished
         self._source.to(engine.device)
-        self._calls = self._source.calls(tokens.shape[1])
+        self._calls = self._source.calls(streams.quantized.shape[1])
+        self._share = (engine.group.rank, engine.group.size)
         self._kept = KeptStreams(engine.storage, finished.fingerprint)
-        self._streams = Streams(map_stream(self._source.embed, tokens, engine.storage))
+        self._streams = streams
 
     def run(self) -> None:
-        """Calibrates every block: windows of them learn together, and each advance folds those left behind."""
-        window, last = self._model.window, len(self._source)
+        """Calibrates the blocks: windows of them learn together, and each advance folds those left behind."""
+        window, last = self._model.window, self._blocks.stop
         pending: deque[_Pending] = deque()
         targets = self._streams.full_precision
-        entered = 0
+        entered = self._blocks.start
         while entered < last or pending:
             if not pending:
                 entered = self._pass_finished(entered)
                 targets = self._streams.full_precision
-                restore = self._finished.restore_window(entered, last, window)
+                restore = self._finished.restore_window(entered, self._blocks, window)
             while entered < last and len(pending) < window.blocks:
                 pending.append(self._enter(entered, targets))
                 restore(pending[-1].block)
@@ -126,10 +143,11 @@ class Calibration:
 
     def _pass_finished(self, index: int) -> int:
         """Moves both streams behind the blocks that are finished already, and returns the first that is not."""
-        finished, last = self._finished, len(self._source)
-        end = finished.first_unfinished(index, last, self._model.window)
+        finished, group = self._finished, self._engine.group
+        end = group.least(finished.first_unfinished(index, self._blocks, self._model.window))
         needed = min((number for number in range(index, end) if finished.result(number) is None), default=end)
-        if index < needed < last:
+        needed = group.least(needed)
+        if index < needed < self._blocks.stop:
             needed = self._restore_streams(index, needed)
         for number in range(index, end):
             result = finished.result(number)
@@ -142,7 +160,8 @@ class Calibration:
     def _restore_streams(self, index: int, last: int) -> int:
         """Takes over streams that are kept, at most those of a block, and returns which block they are in front of."""
         kept = self._kept.restore(last)
-        if kept is None or kept[0] <= index:
+        positions = set(self._engine.group.collect(index if kept is None else kept[0]))
+        if kept is None or len(positions) > 1 or kept[0] <= index:
             return index
         position, self._streams = kept
         return position
@@ -171,15 +190,19 @@ class Calibration:
         tensors = self._source.block_tensors(index)
         original = self._source.make_block(index, tensors).to(self._engine.device)
         call = self._calls[index]
-        linears = self._source.layouts[index].linears
+        linears, group, device = self._source.layouts[index].linears, self._engine.group, self._engine.device
         sampled = linears if self._model.start.needs_samples else ()
-        with observe_inputs(original, linears) as inputs, observe_samples(original, sampled) as samples:
+        observed = observe_samples(original, sampled, share=self._share)
+        with observe_inputs(original, linears) as ranges, observed as samples:
             target = self._engine.map(partial(call, original), hidden, splits=not sampled)
         del original
+        inputs = join_ranges(ranges, {name: tensors[f"{name}.weight"].shape[1] for name in linears}, device, group)
+        rows = join_samples(samples, group)
         self._engine.announce("on_inputs_observed", index, inputs)
-        rows = {name: found.rows for name, found in samples.items()}
         block = self._model.block(index, tensors, call, inputs, rows, self._engine.device)
         self._leave_unreached(block, inputs)
+        if self._warm is not None:
+            block.factors.load(self._warm(index), f"block {index} of its segment")
         self._engine.announce("on_block_start", block)
         return _Pending(block, tensors, target, seconds=time.perf_counter() - started)
 
@@ -209,7 +232,9 @@ class Calibration:
         is_last = blocks[-1].index == len(self._source) - 1
         head = self._source.logits if is_last and self._model.output_loss == "kl" else None
         module = BlockModule(blocks, self._model.learning, head)
-        self._engine.fit_block(module, StreamBatches((hidden, *targets), self._batch_size, self._order))
+        batches = StreamBatches((hidden, *targets), self._batch_size, self._order, self._share)
+        module.weight = batches.weight
+        self._engine.fit_block(module, batches)
         for entry in window:
             entry.block.to(self._engine.device)  # a fit ends with what has learned on the CPU
             entry.block.epochs += len(module.epoch_losses)
@@ -224,7 +249,7 @@ class Calibration:
                 return
             hidden = self._engine.map(entry.block, hidden)
             if math.isnan(entry.block.loss_initial):
-                entry.block.loss_initial = _mean_squared_error(hidden, entry.target)
+                entry.block.loss_initial = _mean_squared_error(hidden, entry.target, self._engine.group)
 
     def _augmented_target(self, window: Sequence[_Pending]) -> Stream:
         """The original blocks' output for the quantized stream."""
@@ -240,11 +265,16 @@ class Calibration:
         """Lets a block be folded, measures it and moves both streams behind it."""
         started = time.perf_counter()
         engine, block, hidden = self._engine, entry.block, self._streams.quantized
+        engine.group.broadcast(block.factors.state_dict().values())
         if self._model.rounding == "gptq":
-            block.choose_codes(lambda: engine.map(block, hidden, splits=False))
+            observed = sorted(set(block.factors.shared_inputs.values()))
+            columns = {name: entry.tensors[f"{name}.weight"].shape[1] for name in observed}
+            add = partial(add_moments, columns=columns, device=engine.device, group=engine.group)
+            block.choose_codes(lambda: engine.map(block, hidden, splits=False), add)
         engine.announce("on_block_trained", block)
         if not block.is_folded:
             raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
+        refuse_unequal(block.index, block.tensors.values(), engine.group)
         output = engine.map(block, hidden)
         seconds = entry.seconds + time.perf_counter() - started
         result = self._measure(block, entry.tensors, entry.target, output, seconds)
@@ -258,9 +288,11 @@ class Calibration:
         """Measures a folded block next to round-to-nearest, both on the quantized stream in front of it."""
         engine = self._engine
         nearest = self._model.round_to_nearest(block.index, tensors, block.call).to(engine.device)
-        power = max(_mean_square(target), torch.finfo(torch.float32).tiny)  # zero of tokens without embeddings
-        loss = _mean_squared_error(output, target)
-        nearest_loss = _mean_squared_error(engine.map(nearest, self._streams.quantized), target)
+        group = engine.group
+        # It is zero of tokens without embeddings.
+        power = max(_mean_square(target, group), torch.finfo(torch.float32).tiny)
+        loss = _mean_squared_error(output, target, group)
+        nearest_loss = _mean_squared_error(engine.map(nearest, self._streams.quantized), target, group)
         return BlockResult(
             index=block.index,
             loss_initial=block.loss_initial,
@@ -291,11 +323,16 @@ def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
     return ", ".join(map(str, sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})))
 
 
-def _mean_square(values: Stream) -> float:
-    """Mean over a stream, a few samples at a time: no copy of the whole is made."""
-    return math.fsum(float(part.square().sum()) for part in values.parts()) / values.shape.numel()
+def _mean_square(values: Stream, group: Group) -> float:
+    """Mean over the streams of a group, a few samples at a time: no copy of the whole is made."""
+    return _mean((float(part.square().sum()) for part in values.parts()), values, group)
 
 
-def _mean_squared_error(output: Stream, target: Stream) -> float:
+def _mean_squared_error(output: Stream, target: Stream, group: Group) -> float:
     parts = zip(output.parts(), target.parts(), strict=True)
-    return math.fsum(float((one - other).square().sum()) for one, other in parts) / output.shape.numel()
+    return _mean((float((one - other).square().sum()) for one, other in parts), output, group)
+
+
+def _mean(sums: Iterable[float], values: Stream, group: Group) -> float:
+    total, count = group.total((math.fsum(sums), values.shape.numel()))
+    return total / count

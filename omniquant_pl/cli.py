@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``test``, ``export``, ``generate`` and ``compare``, over Lightning's own."""
+"""The command line: ``fit``, ``test``, ``export``, ``generate``, ``compare``, ``plan``, over Lightning's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ from omniquant_pl.callbacks import (
     SaveConfig,
 )
 from omniquant_pl.data import CalibrationData
+from omniquant_pl.distributed import FailedElsewhereError
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
@@ -35,6 +37,7 @@ from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.presets import find_config
 from omniquant_pl.refusals import in_one_line
 from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.trainer.refusals import refuse_several
 
 __all__ = ["OmniQuantCLI", "main", "quieten", "run"]
 
@@ -100,6 +103,7 @@ class OmniQuantCLI(LightningCLI):
             "export": {"model", "datamodule"},
             "generate": {"model", "datamodule"},
             "compare": {"model", "datamodule"},
+            "plan": {"model", "datamodule"},
         }
 
     @override
@@ -170,6 +174,7 @@ class OmniQuantCLI(LightningCLI):
 
     def _refuse_other_settings(self, subcommand: str) -> None:
         assert isinstance(self.trainer, SequentialTrainer)
+        refuse_several(self.trainer)
         self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
 
     def _settings(self, subcommand: str) -> dict[str, Any]:
@@ -218,11 +223,15 @@ def quieten() -> None:
     """Drops Lightning's messages that fire once a block or do not apply to calibration."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It says which process has died before it ends the others.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         ".*in eval mode at the start of training.*",
         ".*Experiment logs directory.*",
         ".*LeafSpec.*",
         ".*smaller than the logging interval.*",  # losses are logged once an epoch
+        ".*sync_dist=True.*",  # they are means over the processes already
+        ".*`training_step` returned `None`.*",  # the batch's samples are in other processes
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -233,8 +242,12 @@ def main() -> None:
     try:
         run()
     except Interrupted as error:
-        sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
-        sys.exit(0 if requeue(error) else 128 + error.signal_number)
+        is_first = not rank_zero_only.rank  # type: ignore[attr-defined]
+        if is_first:
+            sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
+        sys.exit(0 if requeue(error, is_first=is_first) else 128 + error.signal_number)
+    except FailedElsewhereError:
+        sys.exit(2)
     except MisconfigurationException as error:
         sys.stderr.write(f"error: trainer: {error}\n")
         sys.exit(2)

@@ -99,11 +99,15 @@ class FinishedBlocks:
         self._loaded = (index, factors, content)
         return factors, content
 
+    def is_done(self, blocks: range) -> bool:
+        """Whether blocks are finished and measured."""
+        return all(self.load(index) is not None and self.result(index) is not None for index in blocks)
+
     def result(self, index: int) -> BlockResult | None:
         """Returns what has been measured of a finished block, ``None`` if it was not written down."""
         return self._known.get(index)
 
-    def first_unfinished(self, index: int, blocks: int, window: WindowSpec) -> int:
+    def first_unfinished(self, index: int, blocks: range, window: WindowSpec) -> int:
         """Returns where the calibration goes on, from a block on.
 
         Windows that overlap start where they would have started: blocks that were folded in the middle of an advance
@@ -111,16 +115,16 @@ class FinishedBlocks:
 
         Args:
             index: The first block that is asked for.
-            blocks: Number of blocks.
+            blocks: All blocks that are calibrated one after the other.
             window: How many learn together.
         """
         end = index
-        while end < blocks and self.load(end) is not None:
+        while end < blocks.stop and self.load(end) is not None:
             end += 1
-        if end in (index, blocks) or window.blocks == 1:
+        if end in (index, blocks.stop) or window.blocks == 1:
             return end
-        last_start = max(0, -(-(blocks - window.blocks) // window.stride) * window.stride)
-        return max(index, min(end // window.stride * window.stride, last_start))
+        last_start = max(0, -(-(len(blocks) - window.blocks) // window.stride) * window.stride)
+        return max(index, blocks.start + min((end - blocks.start) // window.stride * window.stride, last_start))
 
     def save_window(self, blocks: Sequence[QuantizedBlock]) -> None:
         """Keeps what blocks have learned that are not folded yet, before those in front of them are."""
@@ -138,13 +142,13 @@ class FinishedBlocks:
         is_ours = not differing_parts(self.fingerprint, content["fingerprint"])
         return content["first"] == first and (is_ours or self._force)
 
-    def restore_window(self, first: int, blocks: int, window: WindowSpec) -> Callable[[QuantizedBlock], None]:
+    def restore_window(self, first: int, blocks: range, window: WindowSpec) -> Callable[[QuantizedBlock], None]:
         """Returns what gives blocks back what they have learned in the window before the one that starts there."""
-        if not self._resumes or first == 0 or window.stride == window.blocks:
+        if not self._resumes or first == blocks.start or window.stride == window.blocks:
             return lambda block: None
         found = load_latest(self._folder.window, lambda content: self._is_window(content["calibration"], first))
         states = [] if found is None else found[1]["calibration"]["blocks"]
-        if not states and first < blocks:
+        if not states and first < blocks.stop:
             _log.warning("what blocks from %d on had learned with those before is lost; they start again", first)
 
         def restore(block: QuantizedBlock) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,15 @@ class CalibrationCallback(Callback):
         self, trainer: Trainer, variant: str, perplexities: Mapping[str, float], seconds: float
     ) -> None:
         """It has been measured: perplexity by name of the evaluation set, and how long that took."""
+
+    def on_segment_start(self, trainer: Trainer, index: int, blocks: range) -> None:
+        """A segment of the blocks is about to be calibrated in a folder of its own, at the same time as others."""
+
+    def on_segment_end(self, trainer: Trainer, index: int, blocks: range) -> None:
+        """Every block of the segment is folded."""
+
+    def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
+        """All segments are done, and what became of every block is known."""
 
     def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
         """A block that was finished before an interruption is behind both streams again."""

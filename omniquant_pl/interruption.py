@@ -33,11 +33,15 @@ class Interruption:
 
     SIGINT and SIGTERM end the calibration; so does SIGUSR1 in a job of SLURM, which is put into the queue again. A
     second SIGINT does not wait.
+
+    Args:
+        agree: Returns the largest of the numbers that processes have which work together: what one obeys all obey.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
         self._received: int | None = None
         self._deferred = 0
+        self._agree = agree
 
     @property
     def is_requested(self) -> bool:
@@ -70,13 +74,24 @@ class Interruption:
             self._deferred -= 1
 
     def obey(self) -> None:
-        """Ends the calibration if a signal has come.
+        """Ends the calibration if a signal has come, to whichever process of those that work together.
 
         Raises:
             Interrupted: Then.
         """
-        if self._received is not None:
-            raise Interrupted(self._received)
+        number = self._agree(self._received or 0)
+        if number:
+            raise Interrupted(number)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Takes the failure of a connection for the signal, if one has come: another process has obeyed it already."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._received is None:
+                raise
+            raise Interrupted(self._received) from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -85,15 +100,16 @@ class Interruption:
         if self._received is None:  # SLURM sends another one when time is up
             self._received = number
         if not self._deferred:
-            self.obey()
+            raise Interrupted(self._received)
 
 
-def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run) -> bool:
+def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run, is_first: bool = True) -> bool:
     """Puts the job of SLURM into the queue again if that is what the signal has asked for.
 
     Args:
         error: What ended the calibration.
         run: Runs a command.
+        is_first: Whether this process speaks for the job.
 
     Returns:
         Whether it was asked for.
@@ -101,7 +117,8 @@ def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run) -> 
     job = _job_id()
     if job is None or error.signal_number != getattr(signal, _REQUEUE, None):
         return False
-    run(["scontrol", "requeue", job], check=True)
+    if is_first:
+        run(["scontrol", "requeue", job], check=True)
     return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from omniquant_pl.checkpoint import BlockCall
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.factors import BlockFactors, FoldedBlock
 from omniquant_pl.nn import QuantLinear
-from omniquant_pl.quant import QuantizedWeight, activation_quantizer, observe_moments
+from omniquant_pl.quant import InputMoment, QuantizedWeight, activation_quantizer, observe_moments
 from omniquant_pl.spec import ActivationSpec
 
 __all__ = ["QuantizedBlock"]
@@ -81,19 +81,25 @@ class QuantizedBlock(nn.Module):
         self._originals = {}
         self.factors.release_ranges()
 
-    def choose_codes(self, run: Callable[[], object]) -> None:
+    def choose_codes(
+        self,
+        run: Callable[[], object],
+        add: Callable[[Mapping[str, InputMoment]], Mapping[str, InputMoment]] = dict,
+    ) -> None:
         """Chooses the codes with error compensation (GPTQ) on the inputs that the quantized block's linears get.
 
         Args:
             run: Runs the block over the calibration set.
+            add: Adds up what several processes have seen of it.
         """
         shared, quantize_input = self.factors.shared_inputs, activation_quantizer(self._activations)
         with observe_moments(self.network, sorted(set(shared.values())), quantize_input) as moments:
             run()
+        total = add(moments)
         device = self.device
         self.to("cpu")
         self.factors.choose_codes(
-            self.tensors, {name: moments[key].second.cpu() for name, key in shared.items() if key in moments}
+            self.tensors, {name: total[key].second.cpu() for name, key in shared.items() if key in total}
         )
         self.to(device)
 

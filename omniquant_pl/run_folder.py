@@ -60,14 +60,16 @@ class RunFolder:
         self.streams = path / "streams"
         self.checkpoint = path / "last.ckpt"
         self.window = path / "window.ckpt"
+        self.segments = path / "segments"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes of this machine out; a killed process leaves no lock behind.
 
         Raises:
-            ConfigurationError: If one is at work here.
+            ConfigurationError: If one is at work here, or this is inside another run's folder.
         """
+        self._refuse_inside_another()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as file:
             try:
@@ -84,6 +86,12 @@ class RunFolder:
             self._remove_parts()
             yield
 
+    def _refuse_inside_another(self) -> None:
+        for parent in self.path.resolve().parents:
+            if (parent / ".lock").is_file() and (parent / "config.yaml").is_file():
+                message = f"{self.path} is inside the folder of another run, {parent}; choose one beside it"
+                raise ConfigurationError("trainer.default_root_dir", message)
+
     def _remove_parts(self) -> None:
         """Deletes what a process that was killed had begun to write."""
         for folder in (self.path, self.blocks, self.streams, self.statistics):
@@ -93,6 +101,7 @@ class RunFolder:
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
         shutil.rmtree(self.streams, ignore_errors=True)
+        shutil.rmtree(self.segments, ignore_errors=True)
         left = (self.blocks, self.model, self.metrics, self.report, self.statistics, *self._checkpoints())
         found = [path for path in left if path.exists()]
         if not found:
@@ -118,6 +127,11 @@ class RunFolder:
         """Deletes what only an unfinished run needs."""
         for path in self._checkpoints():
             path.unlink(missing_ok=True)
+        for log in sorted(self.segments.rglob("metrics*.csv")):
+            name = "-".join(part for part in log.relative_to(self.segments).with_suffix("").parts if part != "logs")
+            (self.path / "logs").mkdir(exist_ok=True)
+            log.replace(self.path / "logs" / f"segment-{name}.csv")
+        shutil.rmtree(self.segments, ignore_errors=True)
 
     def refuse_other_settings(self, config: Mapping[str, Any], resumes: bool = False) -> None:
         """Protects what a run with other settings has left here, and does not take it for these settings' own.

@@ -139,7 +139,7 @@ class TestRefused:
             ("--trainer.max_epochs=-1", "trainer.max_epochs: -1 is below 0"),
             ("--trainer.max_steps=5", "trainer.max_steps: "),
             ("--trainer.precision=16-mixed", "trainer.precision: 16-mixed would round"),
-            ("--trainer.devices=2", "trainer.devices: "),
+            ("--trainer.strategy=fsdp", "trainer.strategy: blocks cannot be calibrated with fsdp; accepted: auto, ddp"),
             ("--trainer.accelerator=abacus", "trainer: "),
             ("--export.dtype=int8", "export.dtype: int8 is not accepted; expected float32, float16, bfloat16, null"),
             (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from omniquant_pl.cli import run
 from omniquant_pl.data import CalibrationData
@@ -57,6 +58,8 @@ def build(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SequentialTrainer, "_fit_impl", fit_impl)
+    # On a machine with several devices it would start this program once for each.
+    monkeypatch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", lambda launcher: None)
     return build
 
 

@@ -312,8 +312,8 @@ class TestRefused:
             ("max_steps", 5),
             ("max_epochs", -1),
             ("max_epochs", -2),
-            ("devices", 2),
-            ("num_nodes", 2),
+            ("strategy", "fsdp"),
+            ("strategy", "ddp_spawn"),
         ],
     )
     def test_by_their_key(self, tmp_path: Path, key: str, value: object) -> None:

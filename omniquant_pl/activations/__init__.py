@@ -1,6 +1,6 @@
 """Hidden states between blocks: where they are kept, how they are read, the batches that blocks learn from."""
 
-from omniquant_pl.activations.batches import BatchOrder, StreamBatches, map_batches, map_stream
+from omniquant_pl.activations.batches import BatchOrder, StreamBatches, map_batches, map_stream, read_ahead
 from omniquant_pl.activations.kept import KeptStreams
 from omniquant_pl.activations.storage import Place, Storage, place_for
 from omniquant_pl.activations.stream import Stream, Streams
@@ -16,4 +16,5 @@ __all__ = [
     "map_batches",
     "map_stream",
     "place_for",
+    "read_ahead",
 ]

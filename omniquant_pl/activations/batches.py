@@ -14,7 +14,7 @@ from omniquant_pl.activations.storage import Storage
 from omniquant_pl.activations.stream import Stream
 from omniquant_pl.memory import make_room
 
-__all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream"]
+__all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream", "read_ahead"]
 
 _TOKENS_PER_PASS = 8192
 """Tokens of one batch where no gradient is needed."""
@@ -57,7 +57,7 @@ def map_stream(
     inputs = (read(samples) for samples in slices)
     result: Stream | None = None
     with _Writer(is_direct) as writer:
-        for samples, batch in zip(slices, inputs if is_direct else _ahead(inputs), strict=True):
+        for samples, batch in zip(slices, inputs if is_direct else read_ahead(inputs), strict=True):
             output = _in_halves(function, batch) if splits else function(batch)
             if result is None:
                 result = storage.empty((len(source), *output.shape[1:]))
@@ -106,7 +106,7 @@ class _Writer:
             self._wait()
 
 
-def _ahead(values: Iterator[_T]) -> Iterator[_T]:
+def read_ahead(values: Iterator[_T]) -> Iterator[_T]:
     """Yields values, each read by another thread while the one before it is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="omniquant-read") as pool:
         end = object()
@@ -154,13 +154,18 @@ class StreamBatches:
     Args:
         streams: Input and targets.
         batch_size: Samples of a step; the last batch may be smaller.
-        order: The order of the samples.
+        order: The order of the samples, all of them.
+        share: Which of how many shares of the samples the streams hold: ``(0, 2)`` for every other one from the first
+            on. Batches are those of the whole, of which only the own samples are read; there may be none.
     """
 
-    def __init__(self, streams: tuple[Stream, ...], batch_size: int, order: BatchOrder) -> None:
+    def __init__(
+        self, streams: tuple[Stream, ...], batch_size: int, order: BatchOrder, share: tuple[int, int] = (0, 1)
+    ) -> None:
         self.streams = streams
         self.batch_size = batch_size
         self.sampler = order
+        self._share, self._shares = share
         self._first = self._done = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -175,15 +180,28 @@ class StreamBatches:
         """Batches of an epoch."""
         return math.ceil(self.sampler.samples / self.batch_size)
 
+    def weight(self, number: int, samples: int) -> float:
+        """Returns what the mean over the own samples of a batch counts, where the shares' means are averaged.
+
+        Args:
+            number: Position of the batch in its epoch.
+            samples: How many of its samples are in this share.
+        """
+        return samples * self._shares / min(self.batch_size, self.sampler.samples - number * self.batch_size)
+
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Yields batches in float32 on the device, read by another thread while the one before is used if need be."""
         first, self._first = self._first, 0
         order = self.sampler().split(self.batch_size)[first:]
-        batches = (self._read(indices) for indices in order)
+        batches = (self._read(self._own(indices)) for indices in order)
         is_direct = all(stream.is_direct for stream in self.streams)
-        for number, batch in enumerate(batches if is_direct else _ahead(batches), start=first + 1):
+        for number, batch in enumerate(batches if is_direct else read_ahead(batches), start=first + 1):
             self._done = number
             yield batch
+
+    def _own(self, indices: Tensor) -> Tensor:
+        """Where in the streams those of some samples are that this share has."""
+        return indices[indices % self._shares == self._share] // self._shares
 
     def _read(self, indices: Tensor) -> tuple[Tensor, ...]:
         if len(indices) == 1:

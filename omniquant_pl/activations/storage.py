@@ -21,17 +21,18 @@ _SHARE = 0.4
 """Of the memory that is free, where no budget is stated: blocks, gradients and other programs need room as well."""
 
 
-def place_for(streams_bytes: int, budget: BudgetSpec, device: torch.device) -> Place:
+def place_for(streams_bytes: int, budget: BudgetSpec, device: torch.device, processes: int = 1) -> Place:
     """Returns the first place that has room.
 
     Args:
         streams_bytes: What all streams of a block need together.
         budget: How much may be taken.
         device: Where blocks are computed.
+        processes: How many of this machine need as much, each with a device of its own.
     """
     if device.type == "cuda" and streams_bytes <= _bytes(budget.device, lambda: _free_device(device)):
         return "device"
-    if streams_bytes <= _bytes(budget.host, _free_host):
+    if processes * streams_bytes <= _bytes(budget.host, _free_host):
         return "host" if device.type == "cuda" else "device"
     return "disk"
 

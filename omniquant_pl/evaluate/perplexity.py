@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
 from omniquant_pl.activations import map_batches
 from omniquant_pl.checkpoint import BlockCall, SourceModel
+from omniquant_pl.distributed import Group
 from omniquant_pl.memory import return_free_memory
 
 __all__ = ["BlockBuilder", "CalledBlock", "original_blocks", "perplexity"]
@@ -54,6 +55,7 @@ def perplexity(
     tokens: Tensor,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    group: Group | None = None,
 ) -> float:
     """Measures a model over windows of tokens, the first token of each not predicted.
 
@@ -63,10 +65,27 @@ def perplexity(
         tokens: Token ids ``[windows, length]``.
         device: Where to compute.
         context: Precision context of the forward passes.
+        group: Processes that share the windows.
 
     Returns:
         exp of the mean negative log-likelihood over all predicted tokens.
     """
+    group = group or Group()
+    likelihood = _likelihood(source, build, group.share(tokens), device, context)
+    total, count = group.total(likelihood)
+    return math.exp(total / count)
+
+
+def _likelihood(
+    source: SourceModel,
+    build: BlockBuilder,
+    tokens: Tensor,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> tuple[float, int]:
+    """The sum of the negative log-likelihoods, and of how many tokens."""
+    if len(tokens) == 0:
+        return 0.0, 0
     source.to(device)
     calls = source.calls(tokens.shape[1])
     with context():
@@ -76,9 +95,9 @@ def perplexity(
             hidden = map_batches(lambda batch, block=block: block(batch).float(), hidden)  # type: ignore[misc]
             del block
             return_free_memory()
-    mean = MeanMetric().set_dtype(torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
     for states, window in zip(hidden.split(1), tokens.to(device).split(1), strict=True):
         # Not torchmetrics' Perplexity: its softmax is zero, and its logarithm infinite, 104 below the highest logit.
         loss = F.cross_entropy(source.logits(states)[0, :-1].float(), window[0, 1:], reduction="none")
-        mean.update(loss.cpu().double())
-    return float(mean.compute().exp())
+        total += loss.cpu().double().sum()
+    return float(total), len(tokens) * (tokens.shape[1] - 1)

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from omniquant_pl.distributed import Group
 from omniquant_pl.evaluate.perplexity import BlockBuilder, original_blocks, perplexity
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import VARIANTS, RunFolder
@@ -27,6 +28,7 @@ class Evaluation:
         tokens: Token ids ``[windows, length]`` by name of the evaluation set.
         device: Where to compute.
         context: Precision context of the forward passes.
+        group: Processes that share the windows.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class Evaluation:
         tokens: Mapping[str, Tensor],
         device: torch.device,
         context: Callable[[], AbstractContextManager[Any]],
+        group: Group | None = None,
     ) -> None:
         self._model = model
         self._folder = folder
         self._tokens = tokens
         self._device = device
         self._context = context
+        self._group = group
 
     def measure(self, variant: str) -> dict[str, float]:
         """Returns the perplexity of one of :data:`VARIANTS` by name of the evaluation set.
@@ -54,7 +58,7 @@ class Evaluation:
         build = self._builder(variant)
         source = self._model.unrotated() if variant == "round_to_nearest" else self._model.source
         return {
-            name: perplexity(source, build, windows, self._device, self._context)
+            name: perplexity(source, build, windows, self._device, self._context, self._group)
             for name, windows in self._tokens.items()
         }
 

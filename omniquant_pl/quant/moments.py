@@ -49,29 +49,54 @@ class InputSample:
         size: Tokens to keep.
         seed: Of the choice.
         device: Where the tokens are kept.
+        share: Which of how many shares of the sequences is seen here: ``(0, 2)`` for every other one from the first on.
+            The tokens draw what they would draw if all sequences were seen, so that of the samples of all shares the
+            largest numbers are the sample of the whole.
 
     Attributes:
         rows: The tokens ``[at most size, in]``, float32, in the order they came.
+        drawn: Their numbers, float64.
+        places: Their positions among all tokens.
     """
 
-    def __init__(self, columns: int, size: int, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        columns: int,
+        size: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         if size < 1:
             raise ValueError(f"a sample of {size} tokens is empty")
         self.rows = torch.empty(0, columns, device=device)
-        self._size = size
-        self._drawn = torch.empty(0, dtype=torch.float64)
+        self.size = size
+        self.drawn = torch.empty(0, dtype=torch.float64)
+        self.places = torch.empty(0, dtype=torch.long)
+        self._share, self._shares = share
+        self._seen = 0
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
-        """Lets the tokens of ``[..., in]`` take part."""
+        """Lets the tokens of ``[..., in]`` take part; the last but one dimension is that of a sequence."""
         rows, before = values.reshape(-1, values.shape[-1]), len(self.rows)
-        drawn = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
-        candidates = torch.cat((self._drawn, drawn))
-        kept = candidates.topk(min(self._size, len(candidates))).indices.sort().values
+        drawn, places = self._draw(len(rows), values.shape[-2] if values.ndim > 1 else 1)
+        candidates = torch.cat((self.drawn, drawn))
+        kept = candidates.topk(min(self.size, len(candidates))).indices.sort().values
         stayed, joined = kept[kept < before], kept[kept >= before] - before
-        self._drawn = candidates[kept]
+        self.drawn = candidates[kept]
+        self.places = torch.cat((self.places, places))[kept]
         self.rows = torch.cat((self.rows[stayed], rows[joined].float()))
+
+    def _draw(self, count: int, length: int) -> tuple[Tensor, Tensor]:
+        """Numbers and positions of so many tokens of this share, in sequences of that length."""
+        everything = count * self._shares
+        drawn = torch.rand(everything, generator=self._generator, dtype=torch.float64)
+        places = torch.arange(self._seen, self._seen + everything)
+        self._seen += everything
+        own = [tensor.view(-1, self._shares, length)[:, self._share].flatten() for tensor in (drawn, places)]
+        return own[0], own[1]
 
 
 @contextmanager
@@ -125,7 +150,7 @@ def observe_moments(
 
 @contextmanager
 def observe_samples(
-    module: nn.Module, names: Iterable[str], size: int = 1024, seed: int = 0
+    module: nn.Module, names: Iterable[str], size: int = 1024, seed: int = 0, share: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, InputSample]]:
     """Samples tokens that enter submodules for as long as the context lasts.
 
@@ -134,6 +159,7 @@ def observe_samples(
         names: Dotted names of submodules whose first argument is ``[..., in]``.
         size: Tokens to keep of each.
         seed: Of the choice.
+        share: Of the sequences, as of :class:`InputSample`.
 
     Yields:
         A dictionary that fills while the module runs, by name; a submodule that no token reaches is absent.
@@ -142,7 +168,7 @@ def observe_samples(
 
     def record(name: str, values: Tensor) -> None:
         if name not in samples:
-            samples[name] = InputSample(values.shape[-1], size, seed, values.device)
+            samples[name] = InputSample(values.shape[-1], size, seed, values.device, share)
         samples[name].add(values)
 
     with _observe(module, names, record):

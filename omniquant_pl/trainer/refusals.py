@@ -8,12 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from omniquant_pl.data import CalibrationData
+from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy, Group, GroupStrategy
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.model import OmniQuantModel
 
-__all__ = ["refuse_options", "refuse_trainer"]
+__all__ = [
+    "chosen_strategy",
+    "refuse_options",
+    "refuse_segments",
+    "refuse_settings",
+    "refuse_several",
+    "refuse_shares",
+    "refuse_trainer",
+]
 
 _PRECISIONS = ("32-true", "bf16-mixed")
+_STRATEGIES = ("single_device", "block_parallel")
 
 
 def refuse_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> None:
@@ -38,11 +51,89 @@ def refuse_trainer(trainer: Trainer) -> None:
         )
     if trainer.max_steps != -1:
         raise ConfigurationError("trainer.max_steps", "steps are not counted across blocks; use trainer.max_epochs")
-    if trainer.num_nodes > 1:
-        raise ConfigurationError("trainer.num_nodes", "blocks are calibrated on one device; set it to 1")
-    # Launched as several processes with one device each, every one would take itself for the only one.
-    if trainer.world_size > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigurationError("trainer.devices", "blocks are calibrated on one device; set it to 1")
+    _refuse_lonely(trainer)
+
+
+def _refuse_lonely(trainer: Trainer) -> None:
+    """Of several processes that were launched each would take itself for the only one."""
+    if isinstance(trainer.strategy, GroupStrategy):
+        return
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        message = f"{trainer.num_devices} is not what was started, {started} processes in all; say how many a node has"
+        raise ConfigurationError("trainer.devices", message)
+
+
+def refuse_several(trainer: Trainer) -> None:
+    """Refuses a launcher's processes for what one process does: each would do the same in the same folder."""
+    strategy = trainer.strategy
+    environment = strategy.cluster_environment if isinstance(strategy, GroupStrategy) else None
+    if environment is not None and environment.creates_processes_externally and environment.world_size() > 1:
+        message = f"only fit works in {environment.world_size()} processes; start one"
+        raise ConfigurationError("trainer.devices", message)
+
+
+def chosen_strategy(options: Mapping[str, Any]) -> Any:
+    """Returns the strategy that a setting stands for.
+
+    Raises:
+        ConfigurationError: If it is one that blocks cannot be calibrated with.
+    """
+    strategy = options.get("strategy", "auto")
+    if strategy == "auto":
+        is_alone = options.get("devices", 1) in (1, "1", [0]) and options.get("num_nodes", 1) == 1
+        return "auto" if is_alone else DataParallelStrategy()
+    if strategy == "ddp":
+        return DataParallelStrategy()
+    if strategy in _STRATEGIES or isinstance(strategy, GroupStrategy | SingleDeviceStrategy):
+        return strategy
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    accepted = ", ".join(("auto", "ddp", *_STRATEGIES))
+    raise ConfigurationError("trainer.strategy", f"blocks cannot be calibrated with {name}; accepted: {accepted}")
+
+
+def refuse_shares(data: CalibrationData, samples: int, group: Group) -> None:
+    """Refuses samples that cannot be shared out among processes.
+
+    Args:
+        data: Its settings.
+        samples: How many there are.
+        group: The processes that share every step.
+    """
+    if data.batch_size % group.size:
+        message = (
+            f"{data.batch_size} samples of a step cannot be shared out evenly among {group.size} processes; "
+            f"it counts those of all processes together, so take a multiple of {group.size}"
+        )
+        raise ConfigurationError("data.batch_size", message)
+    if samples < group.size:
+        raise ConfigurationError("data.samples", f"{samples} is less than the {group.size} processes that share them")
+
+
+def refuse_settings(model: OmniQuantModel, group: Group) -> None:
+    """Refuses what processes that share the samples cannot do as one would."""
+    has_experts = any(layout.experts is not None for layout in model.source.layouts)
+    if group.size > 1 and has_experts and model.start.needs_samples:
+        is_clipping = model.clipping is not None and model.clipping.search
+        key, value = ("clipping.search", "false") if is_clipping else ("transform.initial", "smoothquant")
+        message = (
+            f"processes would sample other tokens of an expert than one does; set it to {value}, or take one process"
+        )
+        raise ConfigurationError(f"model.{key}", message)
+
+
+def refuse_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, samples: int) -> None:
+    """Refuses what segments cannot be calibrated with."""
+    size = strategy.mesh.world.size
+    if samples % size:
+        message = f"{samples} samples cannot be shared out evenly among {size} processes; take a multiple of {size}"
+        raise ConfigurationError("data.samples", message)
+    if strategy.stitch_epochs and model.rounding == "learned":
+        message = "rounding that has been learned is folded and cannot learn on; set it to nearest or gptq"
+        raise ConfigurationError("model.rounding", f"{message}, or trainer.strategy.stitch_epochs to 0")
+    if strategy.stitch_epochs and model.window.blocks > 1:
+        message = f"{model.window.blocks} blocks at once cannot be stitched; set it to 1"
+        raise ConfigurationError("model.window.blocks", f"{message}, or trainer.strategy.stitch_epochs to 0")
 
 
 def _refuse_precision(precision: str | int | None) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from omniquant_pl.checkpoint.guarded import GuardedCheckpointIO
 from omniquant_pl.data import CalibrationData, TextSettings
+from omniquant_pl.distributed import Group, GroupStrategy
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate import Evaluation
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.trainer.refusals import refuse_options, refuse_trainer
+from omniquant_pl.trainer.refusals import chosen_strategy, refuse_options, refuse_trainer
 
 __all__ = ["RunTrainer", "bind", "seed"]
 
@@ -52,6 +53,7 @@ class RunTrainer(Trainer):
         if logger is None or logger is True:
             logger = CSVLogger(root, name="logs", version="")
         refuse_options(max_epochs, root, options)
+        options["strategy"] = chosen_strategy(options)
         try:
             super().__init__(logger=logger, max_epochs=max_epochs, **options)
         except (MisconfigurationException, ValueError) as error:
@@ -70,7 +72,8 @@ class RunTrainer(Trainer):
         Raises:
             ConfigurationError: If model or data cannot be used; it names the setting.
         """
-        model.verify()
+        if self.global_rank == 0:  # it reads all there is
+            model.verify()
         bind(data, model)
         self.evaluation_tokens = data.evaluation_tokens()
         return data.calibration_tokens()
@@ -78,7 +81,12 @@ class RunTrainer(Trainer):
     def evaluation(self, model: OmniQuantModel) -> Evaluation:
         """Returns what measures the perplexities of the run; :meth:`prepare` comes first."""
         device, context = self.strategy.root_device, self.precision_plugin.forward_context
-        return Evaluation(model, self.run_folder, self.evaluation_tokens, device, context)
+        return Evaluation(model, self.run_folder, self.evaluation_tokens, device, context, self.group)
+
+    @property
+    def group(self) -> Group:
+        """The processes that work on the same thing as this one."""
+        return self.strategy.group if isinstance(self.strategy, GroupStrategy) else Group()
 
     def announce(self, hook: str, *arguments: Any) -> None:
         """Calls a hook of :class:`CalibrationCallback` on every callback that has it: in order, an end in reverse."""

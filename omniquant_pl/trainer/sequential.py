@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,31 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from typing_extensions import override
 
-from omniquant_pl.activations import BatchOrder, Storage, StreamBatches, place_for
+from omniquant_pl.activations import BatchOrder, Storage, StreamBatches, Streams, place_for
 from omniquant_pl.block import BlockModule
 from omniquant_pl.calibration import Calibration, Engine
 from omniquant_pl.checkpoint.guarded import load_latest
 from omniquant_pl.data import CalibrationData
+from omniquant_pl.distributed import (
+    BlockParallelStrategy,
+    GroupStrategy,
+    Watch,
+    refuse_differing,
+    refuse_separate_folders,
+)
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.fingerprint import fingerprint
 from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.interruption import Interruption, is_requeued
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.trainer.comparing import compare_methods
 from omniquant_pl.trainer.exporting import export_run
 from omniquant_pl.trainer.generating import generate_text
+from omniquant_pl.trainer.planning import plan_run
+from omniquant_pl.trainer.refusals import refuse_segments, refuse_settings, refuse_shares
 from omniquant_pl.trainer.run import RunTrainer, seed
+from omniquant_pl.trainer.segmented import SegmentedCalibration, segment_settings
 from omniquant_pl.trainer.testing import measure_run
 
 __all__ = ["SequentialTrainer"]
@@ -60,10 +73,11 @@ class SequentialTrainer(RunTrainer):
     def __init__(self, *, max_epochs: int = 20, **options: Any) -> None:
         super().__init__(max_epochs=max_epochs, **options)
         self.epochs_per_block = max_epochs
-        self.interruption = Interruption()
+        self.interruption = Interruption(self._agree)
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
         self.first_epoch = 0
+        self.input_seconds = 0.0
         self._parts = 1
         self._resume: tuple[Path, dict[str, Any]] | None = None
         self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []
@@ -72,12 +86,16 @@ class SequentialTrainer(RunTrainer):
     export = export_run
     generate = generate_text
     compare = compare_methods
+    plan = plan_run
 
     @property
     @override
     def received_sigterm(self) -> bool:
         """Never: Lightning would leave at once, the calibration obeys signals where nothing gets lost."""
         return False
+
+    def _agree(self, number: int) -> int:
+        return self.group.largest(number)
 
     @override
     def _fit_impl(
@@ -91,12 +109,18 @@ class SequentialTrainer(RunTrainer):
     ) -> None:
         assert isinstance(model, OmniQuantModel)
         assert isinstance(datamodule, CalibrationData)
-        checkpoint = self._checkpoint_of(ckpt_path)
-        with self.interruption.listening():
-            tokens = self.prepare(model, datamodule)
-            self.announce("on_ready", model)
-            with self.run_folder.locked():
+        self.strategy.setup_environment()
+        with Watch(self.group.rank, self.group.size).watching(), self.interruption.listening():
+            with self.group.together():
+                checkpoint = self._checkpoint_of(ckpt_path)
+                tokens = self.prepare(model, datamodule)
+                self._refuse_shares(model, datamodule, len(tokens))
+                self.fingerprint = fingerprint(self._settings(model, datamodule), model.source.folder, tokens)
+                self.announce("on_ready", model)
+            refuse_differing(self.fingerprint, self.group)
+            with self._locked():
                 self._calibrate(model, datamodule, tokens, checkpoint)
+            self.group.barrier()  # whoever has nothing left to do keeps what the others meet at
         self.training = False
 
     def _checkpoint_of(self, ckpt_path: Any) -> Path:
@@ -105,36 +129,55 @@ class SequentialTrainer(RunTrainer):
         if ckpt_path in (None, "last"):
             return self.run_folder.checkpoint
         path = Path(ckpt_path)
+        if isinstance(self.strategy, BlockParallelStrategy):
+            raise ConfigurationError("ckpt_path", f"{path}: every segment has a checkpoint of its own; say last")
         if not path.is_file():
             message = f"{path} is not a file; last goes on from where the run in {self.run_folder.path} was interrupted"
             raise ConfigurationError("ckpt_path", message)
         return path
 
+    def _refuse_shares(self, model: OmniQuantModel, data: CalibrationData, samples: int) -> None:
+        if not isinstance(self.strategy, GroupStrategy):
+            return
+        refuse_shares(data, samples, self.strategy.mesh.data)
+        refuse_settings(model, self.strategy.mesh.data)
+        if isinstance(self.strategy, BlockParallelStrategy):
+            refuse_segments(self.strategy, model, samples)
+
+    @property
+    def _segment_settings(self) -> dict[str, Any]:
+        """What decides of a block-parallel calibration beyond the configuration."""
+        strategy = self.strategy
+        return segment_settings(strategy) if isinstance(strategy, BlockParallelStrategy) else {}
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keeps other jobs out of the run folder, which all processes must see."""
+        with ExitStack() as stack:
+            with self.group.together():
+                if self.is_global_zero:
+                    stack.enter_context(self.run_folder.locked())
+            refuse_separate_folders(self.run_folder.path, self.group)
+            yield
+
     def _calibrate(self, model: OmniQuantModel, datamodule: CalibrationData, tokens: Tensor, checkpoint: Path) -> None:
-        self.fingerprint = fingerprint(self._settings(model, datamodule), model.source.folder, tokens)
-        force = any(getattr(callback, "force", False) for callback in self.calibration_callbacks)
-        finished = FinishedBlocks(self.run_folder, self.fingerprint, self.resumes, force)
-        finished.refuse_other(len(model.source), checkpoint)
-        if self.resumes:
-            self.run_folder.keep_log()
-            found = load_latest(checkpoint, lambda content: "calibration" in content)
-            self._resume = None if found is None else (found[0], found[1]["calibration"])
-        elif self.is_global_zero:
-            self.run_folder.start()
+        with self.group.together():
+            self.finished(self.run_folder).refuse_other(len(model.source), checkpoint)
+        if self.is_global_zero:
+            self.run_folder.keep_log() if self.resumes else self.run_folder.start()
+        self.group.barrier()
         self.announce("on_calibration_start", model)
         self.announce("on_baseline", model)
         self._early_stopping = [(c, c.state_dict()) for c in self.early_stopping_callbacks]
-        order = BatchOrder(len(tokens), seed(), datamodule.shuffle)
-        engine = Engine(
-            self.strategy.root_device,
-            self._storage(model, tokens),
-            self.precision_plugin.forward_context,
-            self._fit_block,
-            self.announce,
-            self.interruption.obey,
-        )
-        with self.interruption.deferred():
-            Calibration(model, tokens, datamodule.batch_size, order, engine, finished).run()
+        with self.interruption.deferred(), self.interruption.explaining():
+            if isinstance(self.strategy, BlockParallelStrategy):
+                SegmentedCalibration(self, self.strategy, model, datamodule, tokens).run()
+            else:
+                engine = self.engine(model, tokens)
+                streams = Streams(engine.embed(model.source, self.group.share(tokens)))
+                blocks = range(len(model.source))
+                finished = self.finished(self.run_folder)
+                self.calibrate(model, datamodule, len(tokens), blocks, streams, engine, finished, checkpoint)
         self.announce("on_calibration_end", model)
         if self.is_global_zero:
             self.run_folder.remove_checkpoints()
@@ -142,14 +185,70 @@ class SequentialTrainer(RunTrainer):
     def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
         """Everything that decides what is learned, but for the model files and the tokens."""
         own = {name: getattr(self, name) for name in _DECIDING}
-        return model.settings | own | {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
+        given = {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
+        return model.settings | own | given | self._segment_settings
 
-    def _storage(self, model: OmniQuantModel, tokens: Tensor) -> Storage:
-        """Where the streams are kept: two in front of a block, two behind it, and the targets of its window."""
-        device, dtype = self.strategy.root_device, model.activation_dtype
-        count = 4 + model.window.blocks
-        size = tokens.numel() * model.source.config.hidden_size * dtype.itemsize
-        return Storage(place_for(count * size, model.activation_budget, device), dtype, device, self.run_folder.streams)
+    def calibrate(
+        self,
+        model: OmniQuantModel,
+        data: CalibrationData,
+        samples: int,
+        blocks: range,
+        streams: Streams,
+        engine: Engine,
+        finished: FinishedBlocks,
+        checkpoint: Path | None = None,
+        warm: Callable[[int], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Calibrates consecutive blocks in the run folder, and goes on where that was interrupted.
+
+        Args:
+            model: The model and its settings.
+            data: Settings of batches.
+            samples: How many there are, over all processes of the group.
+            blocks: Which blocks.
+            streams: Both streams in front of the first of them.
+            engine: What :meth:`engine` returns.
+            finished: What counts as finished; see :meth:`finished`.
+            checkpoint: State inside a block to go on from; ``None`` for the run folder's, if there is one.
+            warm: Returns the factors that a block's start from; ``None`` for the model's own start.
+        """
+        if self.resumes:
+            found = load_latest(checkpoint or self.run_folder.checkpoint, lambda content: "calibration" in content)
+            self._resume = None if found is None else (found[0], found[1]["calibration"])
+        order = BatchOrder(samples, seed(), data.shuffle)
+        Calibration(model, blocks, streams, data.batch_size, order, engine, finished, warm).run()
+
+    def finished(self, folder: RunFolder, resumes: bool | None = None) -> FinishedBlocks:
+        """Returns what has been finished in a run folder; ``resumes``: whether it counts, by default as in the run."""
+        force = any(getattr(callback, "force", False) for callback in self.calibration_callbacks)
+        return FinishedBlocks(folder, self.fingerprint, self.resumes if resumes is None else resumes, force)
+
+    def engine(self, model: OmniQuantModel, tokens: Tensor, streams: int = 0) -> Engine:
+        """Returns what a calibration of the group's blocks needs of this trainer.
+
+        Args:
+            model: The model and its settings.
+            tokens: All token ids.
+            streams: How many streams there are besides those of the calibration: two in front of a block, two behind
+                it, and the targets of its window.
+        """
+        device, dtype, group = self.strategy.root_device, model.activation_dtype, self.group
+        count = 4 + model.window.blocks + streams
+        size = group.share(tokens).numel() * model.source.config.hidden_size * dtype.itemsize
+        place = place_for(count * size, model.activation_budget, device, self.num_devices)
+        folder = self.run_folder.streams
+        if group.size > 1:
+            folder = folder / f"{group.rank:05d}-of-{group.size:05d}"
+        return Engine(
+            device,
+            Storage(place, dtype, device, folder),
+            self.precision_plugin.forward_context,
+            self._fit_block,
+            self.announce,
+            self.interruption.obey,
+            group,
+        )
 
     def _fit_block(self, block: BlockModule, batches: StreamBatches) -> None:
         """Lets Lightning fit one block, on the trainer that has fitted those before it."""

@@ -1,0 +1,193 @@
+"""What calibrating on several processes changes, and how much faster it is.
+
+    python benchmarks/cluster.py quality --reference FOLDER
+    python benchmarks/cluster.py equal
+    python benchmarks/cluster.py speed
+
+``quality`` calibrates the reference models in order and in 2 and 4 segments, with and without stitching, by the
+presets' settings but for ``--epochs``. One process calibrates all segments in turn: the factors are those of several
+processes, byte for byte (``tests/distributed/test_processes.py``). ``equal`` compares two data-parallel processes with
+one. ``speed`` times a model of equal blocks in one segment and in two, one thread a process, in alternation. Finished
+runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parent.parent
+SCHEMES = ("w4a16", "w3a16", "w4a4")
+MODELS = ("llama-outliers", "llama", "opt-outliers")
+
+
+def fit(folder: Path, config: str, settings: Mapping[str, Any]) -> float:
+    """Runs a calibration and returns its seconds; 0 if it has been run before."""
+    if (folder / "model").is_dir():
+        return 0.0
+    flags = [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in settings.items()]
+    command = [sys.executable, str(ROOT / "train.py"), "fit", f"--config={config}", *flags]
+    started = time.perf_counter()
+    subprocess.run(
+        [*command, "--trainer.accelerator=cpu", "--progress.quiet=true", f"--trainer.default_root_dir={folder}"],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return time.perf_counter() - started
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    """What a run has measured."""
+    return dict(json.loads((folder / "metrics.json").read_text()))
+
+
+def segments(count: int, stitch_epochs: int = 0, stitch_blocks: int | None = 1) -> dict[str, Any]:
+    """Settings of so many segments."""
+    options = {"segments": count, "stitch_epochs": stitch_epochs, "stitch_blocks": stitch_blocks}
+    return {"trainer.strategy": {"class_path": "BlockParallelStrategy", "init_args": options}}
+
+
+def quality(arguments: argparse.Namespace) -> None:
+    """Prints perplexities, and how far they are from those of a calibration in order."""
+    ways: dict[str, dict[str, Any]] = {"in order": {}}
+    for count in (2, 4):
+        ways[f"{count} segments"] = segments(count)
+    for count in (2, 4):
+        ways[f"{count} segments, stitched"] = segments(count, arguments.stitch_epochs, arguments.stitch_blocks)
+    print("| model, scheme | full precision | " + " | ".join(ways) + " |")
+    print("|---|---|" + "---|" * len(ways))
+    for row in arguments.rows:
+        model, _, scheme = row.rpartition("-")
+        common = {
+            "model.path": str(arguments.reference / "models" / model),
+            "model.transform": {"lr": 5e-3} if "opt" in model or "a4" in scheme else None,
+            "data.dataset": str(arguments.reference / "calibration.npy"),
+            "data.samples": 64,
+            "data.evaluation": [str(arguments.reference / "evaluation.npy")],
+            "trainer.max_epochs": arguments.epochs,
+        }
+        cells, first = [], 0.0
+        for name, way in ways.items():
+            if "stitched" in name and "a4" not in scheme:
+                cells.append("")
+                continue
+            folder = arguments.runs / row / name.replace(" ", "-").replace(",", "")
+            fit(folder, f"{scheme}.yaml", common | way)
+            found = metrics(folder)
+            value = found["perplexity"]["evaluation"]["quantized"]
+            first = first or value
+            share = "" if value == first else f" ({100 * (value / first - 1):+.2f} %)"
+            cells.append(f"{value:.3f}{share}")
+        full = found["perplexity"]["evaluation"]["full_precision"]
+        print(f"| {row} | {full:.3f} | " + " | ".join(cells) + " |", flush=True)
+
+
+def make_model(folder: Path, blocks: int, hidden: int) -> None:
+    """Writes a random model of equal blocks."""
+    if folder.is_dir():
+        return
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def random_data(arguments: argparse.Namespace, samples: int, tokens: int, windows: int) -> dict[str, Any]:
+    """Writes random tokens and returns the settings that read them."""
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for name, count in (("calibration", samples), ("evaluation", windows)):
+        np.save(arguments.runs / f"{name}.npy", generator.integers(0, 512, (count, tokens)))
+    return {
+        "data.dataset": str(arguments.runs / "calibration.npy"),
+        "data.samples": samples,
+        "data.evaluation": [str(arguments.runs / "evaluation.npy")],
+    }
+
+
+def equal(arguments: argparse.Namespace) -> None:
+    """Prints the largest relative difference of the factors of each block, and the metrics of both."""
+    model = arguments.runs / "equal-model"
+    make_model(model, 4, 128)
+    common = {"model.path": str(model), "data.batch_size": 4, "trainer.max_epochs": arguments.epochs}
+    common |= random_data(arguments, 32, 128, 16)
+    print(
+        "| scheme | largest difference of a factor, by block | perplexity, 1 process | 2 processes |\n|---|---|---|---|"
+    )
+    for scheme in SCHEMES:
+        folders = [arguments.runs / f"equal-{scheme}-{count}" for count in (1, 2)]
+        fit(folders[0], f"{scheme}.yaml", common)
+        fit(folders[1], f"{scheme}.yaml", common | {"trainer.strategy": "ddp", "trainer.devices": 2})
+        one, two = (metrics(folder)["perplexity"]["evaluation"]["quantized"] for folder in folders)
+        print(f"| {scheme} | {differences(*folders)} | {one:.7f} | {two:.7f} |", flush=True)
+
+
+def differences(*folders: Path) -> str:
+    """The largest of each block: over its factors, the norm of the difference over the norm."""
+    found = []
+    for path in sorted((folders[0] / "blocks").iterdir()):
+        one, two = load_file(path), load_file(folders[1] / "blocks" / path.name)
+        norms = [(factor.double() - two[name].double()).norm() / factor.double().norm() for name, factor in one.items()]
+        found.append(f"{float(max(norms)):.0e}")
+    return " ".join(found)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Prints seconds of the calibration with one segment and with two, and their ratio."""
+    model = arguments.runs / "speed-model"
+    make_model(model, arguments.blocks, arguments.hidden)
+    common = {"model.path": str(model), "trainer.max_epochs": arguments.epochs, "export.format": "null"}
+    common |= random_data(arguments, 16, 256, 2)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    inputs: list[float] = []
+    for number in range(arguments.repeats):
+        for count in seconds:
+            folder = arguments.runs / f"speed-{count}-{number}"
+            fit(folder, "w4a4.yaml", common | segments(count) | {"trainer.devices": count})
+            found = metrics(folder)["seconds"]
+            seconds[count].append(found["calibration"])
+            inputs += [found["inputs"] / found["calibration"]] if count > 1 else []
+            print(f"{count} segments: {seconds[count][-1]:.1f} s", flush=True)
+    one, two = (median(each) for each in seconds.values())
+    print(f"medians {one:.1f} and {two:.1f} s, {one / two:.2f} times as fast; {100 * median(inputs):.1f} % are inputs")
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("quality", "equal", "speed"))
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/cluster"))
+    rows = [f"{model}-{scheme}" for model in MODELS for scheme in SCHEMES]
+    parser.add_argument("--rows", nargs="+", default=rows)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--stitch-epochs", type=int, default=5)
+    parser.add_argument("--stitch-blocks", type=int, default=None)
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    {"quality": quality, "equal": equal, "speed": speed}[arguments.part](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The sizes of a model, read from its config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+from transformers import AutoConfig
+
+from omniquant_pl.arch import family_of
+from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
+from omniquant_pl.errors import ConfigurationError
+
+__all__ = ["Skeleton", "read_skeleton"]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Sizes of a model."""
+
+    costs: tuple[int, ...]
+    """Weights of every block's linears."""
+    linears: tuple[tuple[int, int], ...]
+    """Shapes ``(out, in)`` of the first block's linears."""
+    channels: int
+    """Of the hidden states."""
+    positions: int
+    others: int
+    """Numbers around the blocks."""
+
+
+def read_skeleton(path: str) -> Skeleton:
+    """Reads a model's sizes; it need not have weights.
+
+    Raises:
+        ConfigurationError: If there is no configuration, or the family is not known.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigurationError("model.path", f"{path} is not a folder with a config.json")
+    whole = AutoConfig.from_pretrained(path)
+    family, config = family_of(whole), whole.get_text_config()
+    model = build_without_weights(whole, family, False)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    blocks = list(cast(nn.ModuleList, model.get_submodule(family.blocks)))
+    shapes = []
+    for index, block in enumerate(blocks):
+        layout = family.block(config, index)
+        unfuse_experts(block, layout)
+        weights = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+        shapes.append([(weights[f"{name}.weight"][0], weights[f"{name}.weight"][1]) for name in layout.linears])
+    costs = tuple(sum(rows * columns for rows, columns in each) for each in shapes)
+    return Skeleton(
+        costs, tuple(shapes[0]), config.hidden_size, int(config.max_position_embeddings), total - sum(costs)
+    )

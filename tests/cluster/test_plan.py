@@ -1,0 +1,93 @@
+"""Plans: how a job is shared out, and times against sums by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from omniquant_pl.cli import run
+from omniquant_pl.cluster import BlockTimes, Job, plan, read_skeleton
+from omniquant_pl.errors import ConfigurationError
+
+TIMES = BlockTimes(read=1.0, forward=0.1, step=0.5, fold=2.0)
+JOB = Job(costs=(100,) * 8, samples=16, tokens=32, channels=4, batch_size=4, epochs=10, factors=3)
+BLOCK = 1.0 + 2.0 + 16 * (4 * 0.1 + 10 * 0.5)
+
+
+def test_one_device_takes_all_blocks() -> None:
+    found = plan(JOB, TIMES, devices=1, nodes=1)
+    assert (found.segments, found.processes_per_segment, found.longest_segment) == (1, 1, 8)
+    assert math.isclose(found.hours * 3600, 8 * BLOCK)
+    assert found.efficiency == 1.0
+    assert found.network == 0
+
+
+def test_segments_start_behind_a_pass_that_all_share() -> None:
+    found = plan(JOB, TIMES, devices=2, nodes=2)
+    inputs = 6 * 1.0  # blocks in front of the last segment are read more slowly than four devices compute
+    assert (found.segments, found.longest_segment) == (4, 2)
+    assert math.isclose(found.hours_of_inputs * 3600, inputs)
+    assert math.isclose(found.hours * 3600, inputs + 2 * BLOCK)
+    assert math.isclose(found.efficiency, 8 * BLOCK / (4 * (inputs + 2 * BLOCK)))
+    assert found.network == 16 * 32 * 4 * 4 // 4 * 3  # bytes of a quarter of the samples, for three others
+
+
+def test_processes_of_a_segment_share_its_samples() -> None:
+    found = plan(JOB, TIMES, devices=2, nodes=2, segments=2)
+    inputs = 4 * 1.0
+    assert found.processes_per_segment == 2
+    assert math.isclose(found.hours * 3600, inputs + 4 * (3.0 + 8 * (4 * 0.1 + 10 * 0.5)))
+
+
+def test_stitching_takes_two_more_passes_and_some_epochs() -> None:
+    found = plan(replace(JOB, stitch_epochs=3), TIMES, devices=2, nodes=1)
+    inputs = 4 * 1.0
+    stitched = 3.0 + 16 * (4 * 0.1 + 3 * 0.5)
+    passed = 3.0 + 16 * 4 * 0.1
+    assert math.isclose(found.hours * 3600, inputs + 4 * BLOCK + 2 * inputs + stitched + 3 * passed)
+
+
+@pytest.mark.parametrize(
+    ("devices", "segments", "key"), [(0, None, "devices"), (3, 2, "segments"), (8, 1, "data.batch_size")]
+)
+def test_what_cannot_be_shared_out_is_refused(devices: int, segments: int | None, key: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        plan(JOB, TIMES, devices, 1, segments)
+    assert caught.value.key == key
+
+
+def test_a_configuration_alone_gives_the_sizes(llama: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(llama)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    found = read_skeleton(str(tmp_path))
+    model = LlamaForCausalLM(config)
+    blocks = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in model.model.layers]
+    assert list(found.costs) == blocks
+    assert found.others + sum(found.costs) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_command_measures_and_estimates(
+    llama: Path, token_files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration, evaluation = token_files
+    command = [
+        "plan",
+        "--config=w4a4.yaml",
+        f"--model.path={llama}",
+        f"--data.dataset={calibration}",
+        "--data.samples=6",
+        f"--data.evaluation=['{evaluation}']",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+        "--devices=2",
+    ]
+    run(command)
+    assert "measured on this machine's cpu" in " ".join(capsys.readouterr().out.split())
+    run([*command, "--teraflops=100"])
+    assert "an estimate: 100 TFLOP/s" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
