@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
 from omniquant_pl.activations import map_batches
 from omniquant_pl.checkpoint import BlockCall, SourceModel
@@ -71,21 +71,21 @@ def perplexity(
         exp of the mean negative log-likelihood over all predicted tokens.
     """
     group = group or Group()
-    likelihood = _likelihood(source, build, group.share(tokens), device, context)
-    total, count = group.total(likelihood)
-    return math.exp(total / count)
+    share = group.share(tokens)
+    count = len(share) * (tokens.shape[1] - 1)
+    mean = _mean_loss(source, build, share, device, context) if count else 0.0
+    total, predicted = group.total((mean * count, count))
+    return float(torch.tensor(total / predicted, dtype=torch.float64).exp())  # infinite where math.exp overflows
 
 
-def _likelihood(
+def _mean_loss(
     source: SourceModel,
     build: BlockBuilder,
     tokens: Tensor,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]],
-) -> tuple[float, int]:
-    """The sum of the negative log-likelihoods, and of how many tokens."""
-    if len(tokens) == 0:
-        return 0.0, 0
+) -> float:
+    """The mean negative log-likelihood over this process's tokens."""
     source.to(device)
     calls = source.calls(tokens.shape[1])
     with context():
@@ -95,9 +95,9 @@ def _likelihood(
             hidden = map_batches(lambda batch, block=block: block(batch).float(), hidden)  # type: ignore[misc]
             del block
             return_free_memory()
-    total = torch.zeros((), dtype=torch.float64)
+    mean = MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
     for states, window in zip(hidden.split(1), tokens.to(device).split(1), strict=True):
         # Not torchmetrics' Perplexity: its softmax is zero, and its logarithm infinite, 104 below the highest logit.
         loss = F.cross_entropy(source.logits(states)[0, :-1].float(), window[0, 1:], reduction="none")
-        total += loss.cpu().double().sum()
-    return float(total), len(tokens) * (tokens.shape[1] - 1)
+        mean.update(loss.cpu().double())
+    return float(mean.compute())
