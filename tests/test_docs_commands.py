@@ -115,6 +115,7 @@ def test_omniquant_is_the_program() -> None:
     assert SCRIPTS["omniquant"].load() is cli.main
 
 
+@pytest.mark.slow
 @pytest.mark.report
 def test_the_tutorial_runs(
     token_files: tuple[Path, Path],
