@@ -55,7 +55,8 @@ class OmniQuantModel(LightningModule):
         output_loss: Loss of the last block. mse: as every block; kl: divergence of the model's predictions.
         schedule: How the learning rates change over the steps of a block.
         weight_decay: AdamW weight decay of all factors.
-        activation_dtype: What the hidden states between blocks are stored in.
+        activation_dtype: What the hidden states between blocks are stored in; null: bfloat16 if the checkpoint is, else
+            float32.
         activation_budget: Memory that they may take; results do not depend on it.
         parameters: Run folder, factors.safetensors of an export, or omni_parameters.pth of the original implementation,
             whose learned factors are the starting point; null starts from the calibration set.
@@ -80,7 +81,7 @@ class OmniQuantModel(LightningModule):
         output_loss: Literal["mse", "kl"] = "mse",
         schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
         weight_decay: float = 0.0,
-        activation_dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        activation_dtype: Literal["float32", "bfloat16"] | None = None,
         activation_budget: BudgetSpec = BudgetSpec(),  # noqa: B008 (frozen)
         parameters: str | None = None,
         trust_remote_code: bool = False,
@@ -108,7 +109,7 @@ class OmniQuantModel(LightningModule):
             weight_decay=weight_decay,
             schedule=schedule,
         )
-        self.activation_dtype: torch.dtype = getattr(torch, activation_dtype)
+        self._activation_dtype = activation_dtype
         self.activation_budget = activation_budget
         self._start_from = parameters
         self.trust_remote_code = trust_remote_code
@@ -121,6 +122,15 @@ class OmniQuantModel(LightningModule):
             ConfigurationError: If it cannot be used.
         """
         return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code, self.rotation)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What the hidden states between blocks are stored in."""
+        if self._activation_dtype is not None:
+            dtype: torch.dtype = getattr(torch, self._activation_dtype)
+            return dtype
+        weight = self.source.stored_names(0)[f"{self.source.layouts[0].linears[0]}.weight"]
+        return torch.bfloat16 if self.source.describe(weight).dtype == "BF16" else torch.float32
 
     def unrotated(self) -> SourceModel:
         """Returns the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""

@@ -441,8 +441,7 @@ class TestWindows:
         aug_loss: bool,
     ) -> None:
         record, folder = Windows(), make_llama(num_hidden_layers=4, num_key_value_heads=2)
-        exact: dict[str, Any] = {"activation_dtype": "float32"}
-        fit(OmniQuantModel(str(folder), WeightSpec(2, GROUP), window=window, aug_loss=aug_loss, **exact), [record])
+        fit(OmniQuantModel(str(folder), WeightSpec(2, GROUP), window=window, aug_loss=aug_loss), [record])
         reference = Reference(folder, samples)
         full = reference.hidden({})
         for found in record.windows:
@@ -499,10 +498,7 @@ class TestWindows:
     ) -> None:
         """A block that enters a window is measured behind those in front of it, as far as they have learned."""
         record, folder = Windows(), make_llama(num_hidden_layers=4)
-        model = OmniQuantModel(
-            str(folder), WeightSpec(BITS, GROUP), window=WindowSpec(3, 1), activation_dtype="float32"
-        )
-        fit(model, [record])
+        fit(OmniQuantModel(str(folder), WeightSpec(BITS, GROUP), window=WindowSpec(3, 1)), [record])
         reference = Reference(folder, samples)
         full = reference.hidden({})
         for index, result in enumerate(record.results):

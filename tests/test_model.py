@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -165,3 +166,19 @@ def test_factors_learned_for_another_rotation_are_refused(previous: RunFolder, l
     model = OmniQuantModel(str(llama), transform=TransformSpec(), parameters=str(previous.path))
     with pytest.raises(ConfigurationError, match=r"^model\.parameters: .* another model\.rotation, \{'residual'"):
         model.verify()
+
+
+class TestActivationDtype:
+    """Hidden states between blocks are stored as precisely as the model that computes them."""
+
+    @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+    def test_follows_the_checkpoint(self, llama: Path, tmp_path: Path, stored: torch.dtype) -> None:
+        folder = Path(shutil.copytree(llama, tmp_path / "model"))
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: weight.to(stored) for name, weight in weights.items()}, folder / "model.safetensors")
+        expected = torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+        assert OmniQuantModel(str(folder)).activation_dtype == expected
+
+    @pytest.mark.parametrize("name", ["float32", "bfloat16"])
+    def test_unless_it_is_given(self, llama: Path, name: Literal["float32", "bfloat16"]) -> None:
+        assert OmniQuantModel(str(llama), activation_dtype=name).activation_dtype == getattr(torch, name)
