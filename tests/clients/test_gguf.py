@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
@@ -34,6 +35,7 @@ from transformers import (
 
 from family_contract import FamilyContract
 from omniquant_pl.data import CalibrationData, TextSettings
+from omniquant_pl.export import HfExport
 from omniquant_pl.export.gguf import GgufExport
 from omniquant_pl.export.verification import calibrated_logits
 from omniquant_pl.model import OmniQuantModel
@@ -204,13 +206,45 @@ def test_perplexity(export: Export, load: Load) -> None:
 
 @pytest.mark.slow
 @pytest.mark.reference
-@pytest.mark.parametrize("name", ["llama", "llama-outliers"])
-def test_perplexity_of_reference_models(export: Export, load: Load, reference: Path, name: str) -> None:
+def test_perplexity_of_the_reference_model(export: Export, load: Load, reference: Path) -> None:
     specs = (WeightSpec(2, 64), WeightSpec(3), WeightSpec(4, 64))
-    exports = [export("gguf", reference / "models" / name, spec) for spec in specs]
+    exports = [export("gguf", reference / "models" / "llama", spec) for spec in specs]
     differences = _differences(exports, load, torch.from_numpy(np.load(reference / "evaluation.npy")).long())
     print(f"{differences=}")
     assert max(map(abs, differences)) < 3e-3
+
+
+def _as_llama_cpp_rounds(hidden: Tensor) -> Tensor:
+    """Blocks of 32 in 8 bit with a float16 scale (``quantize_row_q8_0``)."""
+    blocks = hidden.unflatten(-1, (-1, 32))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-10)
+    return ((blocks / scale).round() * scale.half().float()).flatten(-2)
+
+
+@torch.no_grad()
+def _perplexity_of_rounded_inputs(exported: Any, tokens: Tensor, folder: Path) -> float:
+    """transformers with the dequantized weights, and with inputs of quantized linears as llama.cpp has them."""
+    HfExport().write(exported.model, exported.run, folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name in exported.model.quantized_weights:
+        linear = network.get_submodule(name.removesuffix(".weight"))
+        linear.register_forward_pre_hook(lambda _, inputs: (_as_llama_cpp_rounds(inputs[0]),))
+    return _perplexity(torch.cat([network(some, use_cache=False).logits for some in tokens.split(16)]), tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+def test_perplexity_of_a_model_with_outliers(export: Export, load: Load, reference: Path, tmp_path: Path) -> None:
+    """Outliers make llama.cpp's own rounding felt, 0.3 to 0.6 %; ours, rounded as it does, is the same."""
+    exported = export("gguf", reference / "models" / "llama-outliers", WeightSpec(4, 64))
+    tokens = torch.from_numpy(np.load(reference / "evaluation.npy")).long()
+    (logits,) = load("gguf", "llama.cpp", [exported._replace(tokens=tokens)])
+    found = _perplexity(logits, tokens)
+    plain = _perplexity(calibrated_logits(exported.model, exported.run, tokens, False), tokens)
+    rounded = _perplexity_of_rounded_inputs(exported, tokens, tmp_path / "hf")
+    print(f"{found / plain - 1=} {found / rounded - 1=}")
+    assert abs(found / rounded - 1) < 5e-4
+    assert abs(found / plain - 1) < 1e-2
 
 
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
