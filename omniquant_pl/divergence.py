@@ -22,23 +22,28 @@ def mean_divergence(
     """Returns the Kullback-Leibler divergence of the predictions, ``KL(p_target || p_output)``, mean over tokens.
 
     Args:
-        head: Makes logits ``[1, tokens, vocabulary]`` of hidden states ``[1, tokens, channels]``, token by token.
+        head: Makes logits ``[batch, tokens, vocabulary]`` of hidden states ``[batch, tokens, channels]``, each token for
+            itself.
         output: Hidden states ``[batch, tokens, channels]``; gradients flow into them.
         target: Hidden states of the same shape; no gradients.
-        at_once: Tokens whose logits are held at once; those of further tokens are computed again for their gradients.
+        at_once: Tokens whose logits are held at once, at least one of each sample; those of further tokens are computed
+            again for their gradients.
     """
-    outputs, targets = (states.flatten(0, 1).split(at_once) for states in (output, target))
+    # Never more tokens of a sample than it has: a model computes no position behind its last one.
+    length = max(1, at_once // len(output))
+    outputs, targets = output.split(length, dim=1), target.split(length, dim=1)
+    count = output.shape[:2].numel()
     if len(outputs) == 1:
-        return _sum_of_divergences(head, outputs[0], targets[0]) / len(outputs[0])
+        return _sum_of_divergences(head, output, target) / count
     parts = [
         cast(Tensor, checkpoint(_sum_of_divergences, head, *pair, use_reentrant=False, preserve_rng_state=False))
         for pair in zip(outputs, targets, strict=True)
     ]
-    return torch.stack(parts).sum() / output.shape[:2].numel()
+    return torch.stack(parts).sum() / count
 
 
 def _sum_of_divergences(head: Callable[[Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
-        expected = F.log_softmax(head(target[None]).float(), dim=-1)
-    found = F.log_softmax(head(output[None]).float(), dim=-1)
+        expected = F.log_softmax(head(target).float(), dim=-1)
+    found = F.log_softmax(head(output).float(), dim=-1)
     return F.kl_div(found, expected, reduction="sum", log_target=True)

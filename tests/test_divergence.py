@@ -39,5 +39,18 @@ def test_logits_of_a_stretch_are_all_that_is_held(states: tuple[Tensor, Tensor])
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        mean_divergence(HEAD, output, target, at_once=5)
+        mean_divergence(HEAD, output, target, at_once=6)
     assert max(sizes, default=0) < 30 * 11
+
+
+def test_no_stretch_has_more_tokens_than_a_sample(states: tuple[Tensor, Tensor]) -> None:
+    """A model with learned positions has none behind the last."""
+    lengths: list[int] = []
+
+    def head(hidden: Tensor) -> Tensor:
+        lengths.append(hidden.shape[1])
+        return HEAD(hidden)
+
+    for at_once in (1, 7, 29, 1024):
+        mean_divergence(head, *states, at_once)
+    assert max(lengths) == states[0].shape[1]

@@ -20,7 +20,7 @@ class Finished:
     seconds: float
     """From its start."""
     host_bytes: int
-    """The most memory that it had at a time."""
+    """The most memory that it had at a time; Linux counts what its parent had when it started it."""
     failure: str | None
     """The last line that it wrote, or the signal that ended it; ``None`` if it did what it should."""
 

@@ -76,7 +76,7 @@ def test_codes_that_do_not_follow_from_factors_are_refused(llama: Path, rounding
 
 def test_nothing_computes_with_it_alone(llama: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"verify: no program computes with factors alone"):
-        Verification(open_format("factors", OmniQuantModel(str(llama))))
+        Verification(open_format("factors", OmniQuantModel(str(llama))), torch.zeros(1, 1, dtype=torch.long))
 
 
 class TestFactorFile:
