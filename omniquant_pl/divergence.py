@@ -22,8 +22,8 @@ def mean_divergence(
     """Returns the Kullback-Leibler divergence of the predictions, ``KL(p_target || p_output)``, mean over tokens.
 
     Args:
-        head: Makes logits ``[batch, tokens, vocabulary]`` of hidden states ``[batch, tokens, channels]``, each token for
-            itself.
+        head: Makes logits ``[batch, tokens, vocabulary]`` of hidden states ``[batch, tokens, channels]``, each
+            token for itself.
         output: Hidden states ``[batch, tokens, channels]``; gradients flow into them.
         target: Hidden states of the same shape; no gradients.
         at_once: Tokens whose logits are held at once, at least one of each sample; those of further tokens are computed
