@@ -247,6 +247,17 @@ def test_perplexity_of_a_model_with_outliers(export: Export, load: Load, referen
     assert abs(found / plain - 1) < 1e-2
 
 
+@pytest.mark.slow
+@pytest.mark.reference
+def test_perplexity_with_outliers_moved_into_the_weights(export: Export, load: Load, reference: Path) -> None:
+    """A transformation leaves llama.cpp little to round badly."""
+    transform = TransformSpec(initial="awq", mlp=True)
+    exported = export("gguf", reference / "models" / "llama-outliers", WeightSpec(4, 64), transform=transform)
+    differences = _differences([exported], load, torch.from_numpy(np.load(reference / "evaluation.npy")).long())
+    print(f"{differences=}")
+    assert max(map(abs, differences)) < 3e-3
+
+
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
 TOKENIZERS = {
     "gpt-2": lambda: byte_level(adds_bos=True),
