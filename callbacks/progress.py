@@ -33,7 +33,8 @@ _HOUR = 3600.0
 class ProgressCallback(CalibrationCallback):
     """Shows what is happening, how far it is, how long it takes, and what it costs.
 
-    Bars are drawn by a timer, not by the steps; where the output is not a terminal, only the lines are written.
+    Bars are drawn by a timer and at every epoch, not by the steps; where the output is not a terminal, only the lines are
+    written.
 
     Args:
         quiet: Write nothing to the terminal but warnings and errors.
@@ -135,7 +136,8 @@ class ProgressCallback(CalibrationCallback):
         assert isinstance(pl_module, BlockModule)
         losses = pl_module.epoch_losses
         loss = f", loss {losses[-1]:.3e}" if losses else ""
-        self._progress.update(self._steps, detail=f"block {pl_module.index}, epoch {len(losses) + 1}{loss}")
+        detail = f"block {pl_module.index}, epoch {len(losses) + 1}{loss}"
+        self._progress.update(self._steps, detail=detail, refresh=True)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,7 +145,7 @@ class ProgressCallback(CalibrationCallback):
         self._progress.advance(self._steps, float(trainer.num_training_batches))
         # Parts of a block count as well, or nothing could be said of the time before the first one is finished.
         part = min(self._progress.tasks[self._blocks].completed + 1 / trainer.epochs_per_block, self._done + 0.99)
-        self._progress.update(self._blocks, completed=part)
+        self._progress.update(self._blocks, completed=part, refresh=True)
 
     @override
     def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
