@@ -33,8 +33,8 @@ _HOUR = 3600.0
 class ProgressCallback(CalibrationCallback):
     """Shows what is happening, how far it is, how long it takes, and what it costs.
 
-    Bars are drawn by a timer and at every epoch, not by the steps; where the output is not a terminal, only the lines are
-    written.
+    Bars are drawn by a timer and at every epoch, not by the steps; where the output is not a terminal, only the lines
+    are written.
 
     Args:
         quiet: Write nothing to the terminal but warnings and errors.
