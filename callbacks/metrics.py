@@ -60,6 +60,7 @@ class MetricsCallback(CalibrationCallback):
             "versions": _versions(),
             "fingerprint": dict(trainer.fingerprint),
             "evaluation_sha256": belongs_to["evaluation"],
+            **{name: known[name] for name in ("zero_shot",) if name in known},
         }
 
     @override

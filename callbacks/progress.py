@@ -23,7 +23,7 @@ from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.trainer import SequentialTrainer
-from omniquant_pl.wording import bytes_in_words, number, seconds_in_words
+from omniquant_pl.wording import bytes_in_words, number, scientific, seconds_in_words
 
 __all__ = ["ProgressCallback"]
 
@@ -151,7 +151,7 @@ class ProgressCallback(CalibrationCallback):
     def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
         self._done, self._restored = self._done + 1, self._restored + 1
         self._progress.update(self._blocks, completed=self._done)
-        self._say(f"{self._segment}block {result.index}: finished before, error {_shown(result.relative_error)}")
+        self._say(f"{self._segment}block {result.index}: finished before, error {scientific(result.relative_error)}")
 
     @override
     def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
@@ -161,7 +161,7 @@ class ProgressCallback(CalibrationCallback):
         self._say(f"{self._segment}{_line(asdict(result))}, {memory}{self._time_left()}")
 
     def _time_left(self) -> str:
-        left = self._count - self._done
+        left = max(0, self._count - self._done)  # blocks that are stitched count again
         each = (time.monotonic() - self._learning_since) / max(1, self._done - self._restored)
         return f"; {left} to go, about {seconds_in_words(left * each)}" if left else ""
 
@@ -194,15 +194,11 @@ class ProgressCallback(CalibrationCallback):
 def _line(block: Mapping[str, Any]) -> str:
     """What became of a block; in files a number that is not finite is null."""
     keys = ("relative_error", "relative_error_rtn", "loss_initial", "loss_final")
-    error, nearest, initial, final = (_shown(block[key]) for key in keys)
+    error, nearest, initial, final = (scientific(block[key]) for key in keys)
     return (
         f"block {block['index']}: error {error} of the output's power, round-to-nearest {nearest}; "
         f"loss {initial} -> {final}; {block['epochs']} epochs, {seconds_in_words(block['seconds'])}"
     )
-
-
-def _shown(error: float | None) -> str:
-    return "not finite" if error is None else f"{error:.2e}"
 
 
 def _memory(trainer: Trainer) -> str:

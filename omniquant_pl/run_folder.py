@@ -42,6 +42,10 @@ _DECIDING_TRAINER_KEYS = (
 )
 
 
+_COMPARISON = "compare"
+"""The folder of a comparison's fits, each a run of its own inside the run that they compare."""
+
+
 class RunFolder:
     """Paths and files of one run.
 
@@ -61,6 +65,7 @@ class RunFolder:
         self.checkpoint = path / "last.ckpt"
         self.window = path / "window.ckpt"
         self.segments = path / "segments"
+        self.comparison = path / _COMPARISON
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -87,8 +92,10 @@ class RunFolder:
             yield
 
     def _refuse_inside_another(self) -> None:
-        for parent in self.path.resolve().parents:
-            if (parent / ".lock").is_file() and (parent / "config.yaml").is_file():
+        path = self.path.resolve()
+        for parent in path.parents:
+            is_own = path.relative_to(parent).parts[0] == _COMPARISON
+            if not is_own and (parent / ".lock").is_file() and (parent / "config.yaml").is_file():
                 message = f"{self.path} is inside the folder of another run, {parent}; choose one beside it"
                 raise ConfigurationError("trainer.default_root_dir", message)
 
@@ -168,6 +175,10 @@ class RunFolder:
     def factor_file(self, index: int) -> Path:
         """The file of one block's learned factors."""
         return self.blocks / f"{index:05d}.safetensors"
+
+    def statistics_file(self, index: int) -> Path:
+        """Where what the report knows of a block is kept."""
+        return self.statistics / f"{index:05d}.json"
 
     def save_factors(self, index: int, factors: Mapping[str, Tensor], content: Mapping[str, Any] | None = None) -> None:
         """Writes one block's factors, whole or not at all.

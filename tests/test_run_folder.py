@@ -144,3 +144,22 @@ def test_a_new_run_moves_what_the_last_one_left(tmp_path: Path) -> None:
     previous = RunFolder(folder.path / "previous")
     assert previous.load_factors(0)["scale"].item() == 1.0
     assert previous.read_metrics() == {"model": "1.0"}
+
+
+class TestInsideAnother:
+    @pytest.fixture
+    def outer(self, folder: RunFolder) -> RunFolder:
+        with folder.locked():
+            folder.config.write_text("{}")
+        return folder
+
+    def test_is_refused(self, outer: RunFolder) -> None:
+        with (
+            pytest.raises(ConfigurationError, match="is inside the folder of another run"),
+            RunFolder(outer.path / "deeper" / "run").locked(),
+        ):
+            pass
+
+    def test_fits_of_a_comparison_are_the_runs_own(self, outer: RunFolder) -> None:
+        with RunFolder(outer.comparison).locked(), RunFolder(outer.comparison / "rtn").locked():
+            assert (outer.comparison / "rtn" / ".lock").is_file()

@@ -22,9 +22,9 @@ Settings = dict[str, Any]
 _SHARED = {
     "model": ("path", "weights", "activations", "activation_dtype", "activation_budget", "trust_remote_code"),
     "data": ("dataset", "samples", "sequence_length", "evaluation"),
-    "trainer": ("accelerator", "devices"),
+    "trainer": ("accelerator",),
 }
-"""What a comparison keeps of its configuration, by section; the rest is the method's."""
+"""What a comparison keeps of its configuration, by section; the rest is the method's. Every fit has one device."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Record:
     @staticmethod
     def keep(folder: RunFolder, statistics: BlockStatistics) -> None:
         """Writes what is to be known of a block into the run folder."""
-        write_json(folder.statistics / f"{statistics.index:05d}.json", asdict(statistics))
+        write_json(folder.statistics_file(statistics.index), asdict(statistics))
 
     @property
     def is_finished(self) -> bool:

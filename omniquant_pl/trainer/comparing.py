@@ -44,7 +44,7 @@ def compare_methods(
     tokens = trainer.prepare(model, datamodule)
     bench = Bench(trainer.settings, model, tokens, trainer.evaluation_tokens, str(trainer.strategy.root_device))
     folder = trainer.run_folder.path
-    with Interruption().listening(), RunFolder(folder / "compare").locked():
+    with Interruption().listening(), RunFolder(trainer.run_folder.comparison).locked():
         rows = Comparison(bench, folder).run(methods)
     Console().print(comparison_table(rows))
     return rows

@@ -11,7 +11,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from omniquant_pl.data import CalibrationData
-from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy, Group, GroupStrategy
+from omniquant_pl.distributed import (
+    BlockParallelStrategy,
+    DataParallelStrategy,
+    Group,
+    GroupStrategy,
+    balanced_segments,
+)
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 
@@ -125,6 +131,8 @@ def refuse_settings(model: OmniQuantModel, group: Group) -> None:
 def refuse_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, samples: int) -> None:
     """Refuses what segments cannot be calibrated with."""
     size = strategy.mesh.world.size
+    blocks = [1] * len(model.source)
+    balanced_segments(blocks, size if strategy.segments is None else strategy.segments)  # refuses more than there are
     if samples % size:
         message = f"{samples} samples cannot be shared out evenly among {size} processes; take a multiple of {size}"
         raise ConfigurationError("data.samples", message)

@@ -137,7 +137,7 @@ class SegmentedCalibration:
         blocks, count = self._segments[number], self._strategy.stitch_blocks
         if self._trainer.is_global_zero:
             for index in () if count is None else blocks[count:]:
-                _copy(draft.factor_file(index), self._trainer.run_folder.factor_file(index))
+                _copy_block(index, draft, self._trainer.run_folder)
         self._trainer.group.barrier()
 
     def _engine(self) -> Engine:
@@ -194,9 +194,17 @@ class SegmentedCalibration:
             finished = self._trainer.finished(folder, resumes=True)
             results += [result for result in map(finished.result, blocks) if result is not None]
             for index in blocks if self._mesh.world.is_first and folder is not self._root else ():
-                _copy(folder.factor_file(index), self._root.factor_file(index))
+                _copy_block(index, folder, self._root)
         self._trainer.announce("on_segments_joined", results)
         self._mesh.world.barrier()
+
+
+def _copy_block(index: int, source: RunFolder, target: RunFolder) -> None:
+    """Copies what is kept of a finished block."""
+    if source.statistics_file(index).is_file():
+        target.statistics.mkdir(exist_ok=True)
+        _copy(source.statistics_file(index), target.statistics_file(index))
+    _copy(source.factor_file(index), target.factor_file(index))
 
 
 def _copy(source: Path, target: Path) -> None:

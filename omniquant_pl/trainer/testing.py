@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate import ZeroShot, measure_zero_shot, perplexity_table, zero_shot_table
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.report import write_report
+from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.trainer.run import RunTrainer
 
 __all__ = ["measure_run"]
@@ -60,12 +62,18 @@ def measure_run(
     if exported is None:
         found["perplexity"] = trainer.evaluation(model).measure_all()
         Console().print(perplexity_table(found["perplexity"]))
+        if limit is None:
+            _write_down(found, trainer.run_folder)  # tasks may fail
     if tasks is not None:
         folder, device = None if exported is None else Path(exported), trainer.strategy.root_device
         found["zero_shot"] = measure_zero_shot(tasks, model, trainer.run_folder, folder, device)
         Console().print(zero_shot_table(found["zero_shot"]))
-    if limit is None:
-        trainer.run_folder.add_metrics(found)
-        if trainer.run_folder.report.is_file():
-            write_report(trainer.run_folder)
+        if limit is None:
+            _write_down(found, trainer.run_folder)
     return found
+
+
+def _write_down(found: Mapping[str, Any], run: RunFolder) -> None:
+    run.add_metrics(found)
+    if run.report.is_file():
+        write_report(run)

@@ -79,7 +79,7 @@ def test_a_method_keeps_the_case_and_nothing_else() -> None:
             "clipping": {"lr": 0.5},
         },
         "data": {"dataset": "c4", "samples": 4, "sequence_length": 8, "evaluation": ["c4"], "batch_size": 64},
-        "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 99, "precision": "bf16-mixed"},
+        "trainer": {"accelerator": "cpu", "devices": 8, "max_epochs": 99, "precision": "bf16-mixed"},
         "numerics": {"retries": 0},
     }
     found = configuration(given, settings("rtn", case("w3a16")))
@@ -88,5 +88,5 @@ def test_a_method_keeps_the_case_and_nothing_else() -> None:
     assert found["model"]["clipping"] is None
     assert "rounding" not in found["model"]
     assert found["data"] == {"dataset": "c4", "samples": 4, "sequence_length": 8, "evaluation": ["c4"]}
-    assert found["trainer"] == {"accelerator": "cpu", "devices": 1, "max_epochs": 0}
+    assert found["trainer"] == {"accelerator": "cpu", "max_epochs": 0}
     assert given["trainer"]["max_epochs"] == 99

@@ -16,7 +16,13 @@ from processes import slurm, together
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from omniquant_pl.callbacks import CheckpointCallback, ExportCallback, KeepBestState, MetricsCallback
+from omniquant_pl.callbacks import (
+    CheckpointCallback,
+    ExportCallback,
+    KeepBestState,
+    MetricsCallback,
+    ReportCallback,
+)
 from omniquant_pl.distributed import BlockParallelStrategy
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
@@ -94,6 +100,15 @@ def test_two_processes_calibrate_as_one(fit: Fit, llama: Path, tmp_path: Path, s
     assert errors == [None, None]
     assert max(differences(one, two).values()) < 1e-5
     np.testing.assert_allclose(numbers(one), numbers(two), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stitched", [{}, {"stitch_epochs": 1}], ids=["drafts", "stitched"])
+def test_the_report_knows_the_blocks_of_all_segments(
+    fit: Fit, deep: Path, tmp_path: Path, stitched: dict[str, int]
+) -> None:
+    calibrate(fit, deep, tmp_path / "run", strategy=segments(2, **stitched), callbacks=[ReportCallback()])
+    kept = sorted(path.name for path in RunFolder(tmp_path / "run").statistics.iterdir())
+    assert kept == [f"{index:05d}.json" for index in range(4)]
 
 
 class Stop(Callback):
