@@ -23,6 +23,7 @@ from omniquant_pl.compare.tools import Tool
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.fingerprint import digest_of, model_digest
 from omniquant_pl.peers import PEERS
+from omniquant_pl.run_folder import RunFolder
 
 __all__ = ["Comparison", "MethodName"]
 
@@ -62,7 +63,7 @@ class Comparison:
         self._bench = bench
         self._json = folder / "compare.json"
         self._markdown = folder / "compare.md"
-        self._work = folder / "compare"
+        self._work = RunFolder(folder).comparison
         self._console = Console(highlight=False, soft_wrap=True)
 
     def run(self, methods: Sequence[str] | None = None) -> list[Row]:

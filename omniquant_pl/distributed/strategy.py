@@ -170,6 +170,11 @@ class BlockParallelStrategy(GroupStrategy):
         self.stitch_blocks = stitch_blocks
 
     @property
+    def segment_count(self) -> int:
+        """Number of segments, once the processes are connected."""
+        return self.mesh.world.size if self.segments is None else self.segments
+
+    @property
     @override
     def wanted_segments(self) -> int | None:
         return self.segments

@@ -131,8 +131,7 @@ def refuse_settings(model: OmniQuantModel, group: Group) -> None:
 def refuse_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, samples: int) -> None:
     """Refuses what segments cannot be calibrated with."""
     size = strategy.mesh.world.size
-    blocks = [1] * len(model.source)
-    balanced_segments(blocks, size if strategy.segments is None else strategy.segments)  # refuses more than there are
+    balanced_segments([1] * len(model.source), strategy.segment_count)  # refuses more than there are blocks
     if samples % size:
         message = f"{samples} samples cannot be shared out evenly among {size} processes; take a multiple of {size}"
         raise ConfigurationError("data.samples", message)

@@ -33,7 +33,7 @@ __all__ = ["SegmentedCalibration", "block_costs", "segment_settings"]
 def segment_settings(strategy: BlockParallelStrategy) -> dict[str, Any]:
     """What decides of a block-parallel calibration beyond the settings of any other."""
     return {
-        "segments": _count(strategy),
+        "segments": strategy.segment_count,
         "stitch_epochs": strategy.stitch_epochs,
         "stitch_blocks": strategy.stitch_blocks if strategy.stitch_epochs else None,
     }
@@ -46,10 +46,6 @@ def block_costs(model: OmniQuantModel) -> list[int]:
     return [
         sum(weights[name][1][0] * weights[name][1][1] for name in each.values() if name in weights) for each in names
     ]
-
-
-def _count(strategy: BlockParallelStrategy) -> int:
-    return strategy.mesh.world.size if strategy.segments is None else strategy.segments
 
 
 class SegmentedCalibration:
@@ -76,7 +72,7 @@ class SegmentedCalibration:
     ) -> None:
         self._trainer, self._strategy, self._mesh = trainer, strategy, strategy.mesh
         self._model, self._data, self._tokens = model, data, tokens
-        self._segments = balanced_segments(block_costs(model), _count(strategy))
+        self._segments = balanced_segments(block_costs(model), strategy.segment_count)
         self._each = len(self._segments) // self._mesh.segments.size  # that one process does in turn
         self._root = trainer.run_folder
 
