@@ -102,9 +102,15 @@ class ProgressCallback(CalibrationCallback):
         self._say(f"segment {segment}: {_line(block)}")
 
     @override
+    def on_stitching_start(self, trainer: Trainer, blocks: int) -> None:
+        self._count += blocks
+        self._progress.update(self._blocks, total=self._count)
+        self._say(f"stitching: {blocks} blocks once more, on what those in front of them give")
+
+    @override
     def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
         self._stop_others()
-        self._progress.update(self._blocks, completed=len(results))
+        self._progress.update(self._blocks, completed=self._count)
 
     def _stop_others(self) -> None:
         if self._others is not None:
@@ -161,7 +167,7 @@ class ProgressCallback(CalibrationCallback):
         self._say(f"{self._segment}{_line(asdict(result))}, {memory}{self._time_left()}")
 
     def _time_left(self) -> str:
-        left = max(0, self._count - self._done)  # blocks that are stitched count again
+        left = max(0, self._count - self._done)
         each = (time.monotonic() - self._learning_since) / max(1, self._done - self._restored)
         return f"; {left} to go, about {seconds_in_words(left * each)}" if left else ""
 

@@ -164,17 +164,27 @@ class OmniQuantCLI(LightningCLI):
         Raises:
             ConfigurationError: As :meth:`before_fit`.
         """
+        self._refuse_several()
         if self.config["generate"]["packed"] is None:
             self._refuse_other_settings("generate")
 
     def before_compare(self) -> None:
         """Called by Lightning before methods are compared: each of them gets a configuration made from this one."""
+        self._refuse_several()
         assert isinstance(self.trainer, SequentialTrainer)
         self.trainer.settings = self._settings("compare")
 
-    def _refuse_other_settings(self, subcommand: str) -> None:
+    def before_plan(self) -> None:
+        """Called by Lightning before a plan is made: one process makes it, whatever the number that it is for."""
+        self._refuse_several()
+
+    def _refuse_several(self) -> None:
         assert isinstance(self.trainer, SequentialTrainer)
         refuse_several(self.trainer)
+
+    def _refuse_other_settings(self, subcommand: str) -> None:
+        self._refuse_several()
+        assert isinstance(self.trainer, SequentialTrainer)
         self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
 
     def _settings(self, subcommand: str) -> dict[str, Any]:

@@ -69,6 +69,9 @@ class CalibrationCallback(Callback):
     def on_segment_end(self, trainer: Trainer, index: int, blocks: range) -> None:
         """Every block of the segment is folded."""
 
+    def on_stitching_start(self, trainer: Trainer, blocks: int) -> None:
+        """Segments are about to be gone through once more: so many blocks, over all processes, are heard of again."""
+
     def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
         """All segments are done, and what became of every block is known."""
 

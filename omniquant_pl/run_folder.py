@@ -18,6 +18,7 @@ from torch import Tensor
 
 from omniquant_pl.checkpoint import DamagedFileError, finite, read_sealed, write_json, write_sealed
 from omniquant_pl.checkpoint.guarded import previous_of
+from omniquant_pl.deciding import differing_settings
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["VARIANTS", "RunFolder"]
@@ -28,19 +29,6 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 VARIANTS = ("full_precision", "round_to_nearest", "quantized")
 """The models whose perplexities ``metrics.json`` holds."""
-
-_DECIDING_TRAINER_KEYS = (
-    "max_epochs",
-    "precision",
-    "callbacks",
-    "limit_train_batches",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "gradient_clip_algorithm",
-    "overfit_batches",
-    "min_epochs",
-)
-
 
 _COMPARISON = "compare"
 """The folder of a comparison's fits, each a run of its own inside the run that they compare."""
@@ -153,7 +141,7 @@ class RunFolder:
         if not (self.config.is_file() and (resumes or any(self.blocks.glob("*.safetensors")))):
             return
         saved = self.read_config()
-        differing = [key for key in _deciding_keys(config) if _value(saved, key) != _value(config, key)]
+        differing = differing_settings(saved, config)
         if differing:
             others = ", ".join(differing)
             message = f"{self.path} holds a run with another {others}; choose another folder or delete that one"
@@ -266,14 +254,3 @@ class RunFolder:
 def _checksum(metrics: Mapping[str, Any]) -> str:
     """SHA-256 of the numbers, whatever the spaces between them."""
     return hashlib.sha256(json.dumps(finite(metrics), sort_keys=True).encode()).hexdigest()
-
-
-def _deciding_keys(config: Mapping[str, Any]) -> list[str]:
-    sections = [f"{section}.{key}" for section in ("model", "data") for key in config[section]]
-    keys = ["seed_everything", *sections, *(f"trainer.{key}" for key in _DECIDING_TRAINER_KEYS)]
-    return [key for key in keys if key not in ("data.evaluation", "model.activation_budget")]
-
-
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return (config.get(section) or {}).get(name) if name else config.get(section)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from omniquant_pl.distributed import balanced_segments
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["BlockTimes", "Job", "Plan", "plan"]
+
+_Number = TypeVar("_Number", int, float)
 
 _PASSES = 4
 """Passes over the samples without gradients: target, initial loss, output, and that of round-to-nearest."""
@@ -94,10 +98,14 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
     size = devices * nodes
     if devices < 1 or nodes < 1:
         raise ConfigurationError("devices" if devices < 1 else "nodes", "take a positive number")
-    segments = segments or max(count for count in range(1, size + 1) if size % count == 0 and count <= len(job.costs))
-    if size % segments:
-        raise ConfigurationError("segments", f"{segments} segments cannot be shared out among {size} processes evenly")
-    share = size // segments
+    if segments is None:
+        segments = max(count for count in range(1, size + 1) if size % count == 0 and count <= len(job.costs))
+    if segments < 1:
+        raise ConfigurationError("segments", f"{segments} is not a positive number")
+    if size % segments and segments % size:
+        message = f"{segments} segments cannot be shared out among {size} processes evenly; one must divide the other"
+        raise ConfigurationError("segments", message)
+    share, in_turn = max(1, size // segments), max(1, segments // size)
     if job.batch_size % share:
         message = f"{job.batch_size} samples of a step cannot be shared out among the {share} processes of a segment"
         raise ConfigurationError("data.batch_size", f"{message}; take a multiple, or more segments")
@@ -105,9 +113,10 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
     blocks = [_seconds(job, times, cost, share) for cost in job.costs]
     alone = sum(_seconds(job, times, cost, 1) for cost in job.costs)
     inputs = _input_seconds(job, times, parts[-1].start, size)
-    total = inputs + max(sum(blocks[index] for index in part) for part in parts)
+    total = inputs + _longest([sum(blocks[index] for index in part) for part in parts], in_turn)
     if job.stitch_epochs and segments > 1:
-        total += 2 * inputs + max(_stitch_seconds(job, times, part, share) for part in parts[1:])
+        stitched = [_stitch_seconds(job, times, part, share) for part in parts[1:]]
+        total += 2 * inputs + _longest([0.0, *stitched], in_turn)
     return Plan(
         segments=segments,
         processes_per_segment=share,
@@ -119,8 +128,13 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
         device_memory=_memory(job, share),
         host_memory=devices * (_memory(job, share) + _OVERHEAD),
         disk=4 * (sum(job.costs) + job.other_weights + len(job.costs) * job.factors),
-        network=_sent(job, segments, share, max(map(len, parts))),
+        network=_sent(job, segments - in_turn, size, share, _longest([len(part) for part in parts], in_turn)),
     )
+
+
+def _longest(segments: Sequence[_Number], in_turn: int) -> _Number:
+    """Of the process that takes longest; each has so many consecutive segments."""
+    return max(sum(segments[first : first + in_turn]) for first in range(0, len(segments), in_turn))
 
 
 def _seconds(job: Job, times: BlockTimes, cost: int, share: int, epochs: int | None = None) -> float:
@@ -149,9 +163,9 @@ def _memory(job: Job, share: int) -> int:
     return (4 + job.window + 2) * numbers * job.stream_bytes + _COPIES * 4 * job.window * max(job.costs)
 
 
-def _sent(job: Job, segments: int, share: int, longest: int) -> int:
-    """Hidden states for other segments, and gradients of the factors."""
-    hidden = job.samples * job.tokens * job.channels * 4 // (segments * share) * (segments - 1)
+def _sent(job: Job, others: int, size: int, share: int, blocks: int) -> int:
+    """Hidden states in front of other processes' segments, and gradients of the factors where samples are shared."""
+    hidden = job.samples * job.tokens * job.channels * 4 // size * others
     passes = 3 if job.stitch_epochs else 1
-    steps = -(-job.samples // job.batch_size) * job.epochs * longest
+    steps = -(-job.samples // job.batch_size) * job.epochs * blocks
     return passes * hidden + (steps * job.factors * 4 * 2 if share > 1 else 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omniquant_pl.cluster import BlockTimes, Job, Plan, estimated_times, measured_times, plan, read_skeleton
 from omniquant_pl.data import CalibrationData
-from omniquant_pl.distributed import BlockParallelStrategy
+from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer.run import RunTrainer
@@ -43,7 +43,8 @@ def plan_run(
         datamodule: What to calibrate on.
         devices: Devices of a node.
         nodes: Number of nodes.
-        segments: Segments of blocks; null: as many as blocks and devices allow.
+        segments: Segments of blocks; null: those of trainer.strategy, and where that says nothing as many as blocks and
+            devices allow.
         teraflops: Estimate for devices that sustain so many 10^12 operations a second, from config.json alone, rather
             than measure a block on this machine's device.
         bandwidth: Of the memory of those devices, in 10^9 bytes a second.
@@ -66,9 +67,16 @@ def plan_run(
             raise ConfigurationError("teraflops", "it and bandwidth are positive numbers")
         times, job = _estimated(sequential, model, datamodule, teraflops, bandwidth)
         origin = f"an estimate: {teraflops:g} TFLOP/s and {bandwidth:g} GB/s sustained, nothing was measured"
-    result = plan(job, times, devices, nodes, segments)
+    result = plan(job, times, devices, nodes, _configured(trainer) if segments is None else segments)
     Console().print(plan_table(result, f"{devices * nodes} devices; {origin}"))
     return result
+
+
+def _configured(trainer: RunTrainer) -> int | None:
+    """The segments that the configuration asks for."""
+    if isinstance(trainer.strategy, BlockParallelStrategy):
+        return trainer.strategy.segments
+    return 1 if isinstance(trainer.strategy, DataParallelStrategy) else None
 
 
 def _job(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationData, job: Job) -> Job:

@@ -109,6 +109,7 @@ class SegmentedCalibration:
         """Lets the first blocks of each segment but the first learn on what the drafts of those in front give."""
         folders = [drafts[0], *(RunFolder(draft.path / "stitched") for draft in drafts[1:])]
         undone = [n for n in self._own if n > 0 and not self._is_done(n, folders[n])]
+        self._trainer.announce("on_stitching_start", sum(map(len, self._segments[1:])))
         if self._mesh.world.any(bool(undone)):
             engine, stitched = self._engine(), range(1, len(drafts))
             originals = self._inputs(original_blocks(self._model.source), stitched, engine)

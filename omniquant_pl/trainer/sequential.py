@@ -23,6 +23,7 @@ from omniquant_pl.block import BlockModule
 from omniquant_pl.calibration import Calibration, Engine
 from omniquant_pl.checkpoint.guarded import load_latest
 from omniquant_pl.data import CalibrationData
+from omniquant_pl.deciding import DECIDING_TRAINER_KEYS
 from omniquant_pl.distributed import (
     BlockParallelStrategy,
     GroupStrategy,
@@ -46,17 +47,6 @@ from omniquant_pl.trainer.segmented import SegmentedCalibration, segment_setting
 from omniquant_pl.trainer.testing import measure_run
 
 __all__ = ["SequentialTrainer"]
-
-_DECIDING = (
-    "epochs_per_block",
-    "min_epochs",
-    "precision",
-    "limit_train_batches",
-    "overfit_batches",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "gradient_clip_algorithm",
-)
 
 
 class SequentialTrainer(RunTrainer):
@@ -184,7 +174,8 @@ class SequentialTrainer(RunTrainer):
 
     def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
         """Everything that decides what is learned, but for the model files and the tokens."""
-        own = {name: getattr(self, name) for name in _DECIDING}
+        names = [name for name in DECIDING_TRAINER_KEYS if name != "max_epochs"]  # Lightning's counts all blocks
+        own = {"epochs_per_block": self.epochs_per_block} | {name: getattr(self, name) for name in names}
         given = {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
         return model.settings | own | given | self._segment_settings
 

@@ -52,8 +52,17 @@ def test_stitching_takes_two_more_passes_and_some_epochs() -> None:
     assert math.isclose(found.hours * 3600, inputs + 4 * BLOCK + 2 * inputs + stitched + 3 * passed)
 
 
+def test_more_segments_than_processes_are_calibrated_in_turn() -> None:
+    found = plan(JOB, TIMES, devices=2, nodes=1, segments=4)
+    inputs = 6 * 1.0  # in front of the last of four segments
+    assert (found.segments, found.processes_per_segment, found.longest_segment) == (4, 1, 2)
+    assert math.isclose(found.hours * 3600, inputs + 4 * BLOCK)
+    assert found.network == 16 * 32 * 4 * 4 // 2 * 2  # bytes of half of the samples, for the two of the other process
+
+
 @pytest.mark.parametrize(
-    ("devices", "segments", "key"), [(0, None, "devices"), (3, 2, "segments"), (8, 1, "data.batch_size")]
+    ("devices", "segments", "key"),
+    [(0, None, "devices"), (3, 2, "segments"), (2, 0, "segments"), (2, 3, "segments"), (8, 1, "data.batch_size")],
 )
 def test_what_cannot_be_shared_out_is_refused(devices: int, segments: int | None, key: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
@@ -91,3 +100,7 @@ def test_the_command_measures_and_estimates(
     run([*command, "--teraflops=100"])
     assert "an estimate: 100 TFLOP/s" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
+    for strategy, segments in (("ddp", 1), ("block_parallel", 2)):
+        options = ["--data.batch_size=2", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+        run([*command, "--teraflops=100", *options])
+        assert f"segments │ {segments}, the longest" in " ".join(capsys.readouterr().out.split())
