@@ -115,6 +115,8 @@ class TestOtherSettings:
             ("trainer.accumulate_grad_batches", 4, "trainer.accumulate_grad_batches"),
             ("trainer.gradient_clip_val", 1.0, "trainer.gradient_clip_val"),
             ("trainer.gradient_clip_algorithm", "value", "trainer.gradient_clip_algorithm"),
+            ("trainer.strategy", "block_parallel", "trainer.strategy"),
+            ("trainer.strategy", {"class_path": "BlockParallelStrategy"}, "trainer.strategy"),
         ],
     )
     def test_are_refused(self, used: RunFolder, key: str, value: object, named: str) -> None:
@@ -123,7 +125,33 @@ class TestOtherSettings:
         assert named in str(caught.value)
         assert str(used.path) in str(caught.value)
 
-    @pytest.mark.parametrize(("key", "value"), [("data.evaluation", ["c4"]), ("trainer.devices", "auto")])
+    @pytest.mark.parametrize(
+        ("first", "second", "is_same"),
+        [
+            ({"segments": 2}, {"segments": 2, "process_group_backend": "gloo"}, True),
+            ({"segments": 2}, {"segments": 4}, False),
+            ({"segments": 2, "stitch_epochs": 5}, {"segments": 2, "stitch_epochs": 0}, False),
+            ({"stitch_epochs": 0, "stitch_blocks": 1}, {"stitch_epochs": 0, "stitch_blocks": 2}, True),
+            ({"stitch_epochs": 1, "stitch_blocks": 1}, {"stitch_epochs": 1, "stitch_blocks": 2}, False),
+        ],
+    )
+    def test_segments_decide(
+        self, used: RunFolder, first: dict[str, Any], second: dict[str, Any], is_same: bool
+    ) -> None:
+        one, two = (
+            self.changed("trainer.strategy", {"class_path": "omniquant_pl.BlockParallelStrategy", "init_args": options})
+            for options in (first, second)
+        )
+        used.config.write_text(yaml.safe_dump(one))
+        if is_same:
+            used.refuse_other_settings(two)
+            return
+        with pytest.raises(ConfigurationError, match=r"another trainer\.strategy"):
+            used.refuse_other_settings(two)
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("data.evaluation", ["c4"]), ("trainer.devices", "auto"), ("trainer.strategy", "ddp")]
+    )
     def test_that_decide_nothing_pass(self, used: RunFolder, key: str, value: object) -> None:
         used.refuse_other_settings(CONFIG)
         used.refuse_other_settings(self.changed(key, value))
