@@ -7,7 +7,7 @@
 ``quality`` calibrates the reference models in order and in 2 and 4 segments, with and without stitching, by the
 presets' settings but for ``--epochs``. One process calibrates all segments in turn: the factors are those of several
 processes, byte for byte (``tests/distributed/test_processes.py``). ``equal`` compares two data-parallel processes with
-one. ``speed`` times a model of equal blocks in one segment and in two, one thread a process, in alternation. Finished
+one on the embedded model. ``speed`` times a model of equal blocks in one segment and in two, one thread a process, in alternation. Finished
 runs are not repeated.
 """
 
@@ -127,17 +127,14 @@ def random_data(arguments: argparse.Namespace, samples: int, tokens: int, window
 
 def equal(arguments: argparse.Namespace) -> None:
     """Prints the largest relative difference of the factors of each block, and the metrics of both."""
-    model = arguments.runs / "equal-model"
-    make_model(model, 4, 128)
-    common = {"model.path": str(model), "data.batch_size": 4, "trainer.max_epochs": arguments.epochs}
-    common |= random_data(arguments, 32, 128, 16)
+    common: dict[str, Any] = {"data.batch_size": 4, "data.samples": 32, "trainer.max_epochs": arguments.epochs}
     columns = ("scheme", "difference of the factors, by block", "codes that differ", "perplexity, 1 process", "2")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for scheme in SCHEMES:
         folders = [arguments.runs / f"equal-{scheme}-{count}" for count in (1, 2)]
         fit(folders[0], f"{scheme}.yaml", common)
         fit(folders[1], f"{scheme}.yaml", common | {"trainer.strategy": "ddp", "trainer.devices": 2})
-        one, two = (metrics(folder)["perplexity"]["evaluation"]["quantized"] for folder in folders)
+        one, two = (metrics(folder)["perplexity"]["builtin"]["quantized"] for folder in folders)
         print(f"| {scheme} | {differences(*folders)} | {moved(*folders)} | {one:.7f} | {two:.7f} |", flush=True)
 
 

@@ -116,7 +116,9 @@ class FormulaBlock(nn.Module):
         """Activations, fake-quantized per token (and head)."""
         if self.activation_bits is None:
             return values
-        return _fake_quantize(values, values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), self.activation_bits)
+        return _fake_quantize(
+            values, values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), self.activation_bits
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Runs the block on ``[batch, tokens, channels]``."""

@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from omniquant_pl.compiling import compiled
 from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.memory import make_room
@@ -75,8 +76,9 @@ class BlockModule(LightningModule):
     @override
     def forward(self, hidden: Tensor) -> Tensor:
         """Runs the quantized blocks on ``[batch, tokens, channels]``."""
+        run = compiled(QuantizedBlock.forward) if self.learning.compile else QuantizedBlock.__call__
         for block in self._blocks:
-            hidden = block(hidden)
+            hidden = run(block, hidden)
         return hidden
 
     @override

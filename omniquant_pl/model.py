@@ -55,6 +55,8 @@ class OmniQuantModel(LightningModule):
         output_loss: Loss of the last block. mse: as every block; kl: divergence of the model's predictions.
         schedule: How the learning rates change over the steps of a block.
         weight_decay: AdamW weight decay of all factors.
+        compile: Compile the steps by torch.compile, once for all blocks that are alike: most of a minute at first, and
+            shorter steps from then on. Their gradients differ by rounding.
         activation_dtype: What the hidden states between blocks are stored in; null: bfloat16 if the checkpoint is, else
             float32.
         activation_budget: Memory that they may take; results do not depend on it.
@@ -81,6 +83,7 @@ class OmniQuantModel(LightningModule):
         output_loss: Literal["mse", "kl"] = "mse",
         schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
         weight_decay: float = 0.0,
+        compile: bool = False,
         activation_dtype: Literal["float32", "bfloat16"] | None = None,
         activation_budget: BudgetSpec = BudgetSpec(),  # noqa: B008 (frozen)
         parameters: str | None = None,
@@ -108,6 +111,7 @@ class OmniQuantModel(LightningModule):
             rounding=rounding_lr,
             weight_decay=weight_decay,
             schedule=schedule,
+            compile=compile,
         )
         self._activation_dtype = activation_dtype
         self.activation_budget = activation_budget

@@ -254,6 +254,8 @@ class LearningSpec:
     """AdamW weight decay."""
     schedule: ScheduleSpec = ScheduleSpec()
     """Schedule of all rates."""
+    compile: bool = False
+    """Whether steps are compiled."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from omniquant_pl.block import BlockModule
+from omniquant_pl.compiling import refuse_without_compiler
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange, observe_inputs
 from omniquant_pl.quantized_block import QuantizedBlock
@@ -275,3 +277,35 @@ def test_observed_ranges_are_those_of_the_linear_inputs() -> None:
     assert torch.equal(ranges["0"].low, everything.amin(0))
     assert torch.equal(ranges["0"].high, everything.amax(0))
     assert torch.equal(ChannelRange.of(everything).magnitude, everything.abs().amax(0))
+
+
+class TestCompiledSteps:
+    def test_have_the_gradients_of_plain_ones(self, folder: Path) -> None:
+        found = {}
+        for compiles in (False, True):
+            options = {"activations": ActivationSpec(8), "transform": TransformSpec(), "compile": compiles}
+            model = OmniQuantModel(str(folder), WeightSpec(4, 8), **options)  # type: ignore[arg-type]
+            block, hidden, target = make(model)
+            module = learner(model, block)
+            block.start_learning()
+            module.loss((hidden, target)).backward()
+            found[compiles] = {name: each.grad for name, each in module.named_parameters()}
+        norms = [(plain.norm(), (found[True][name] - plain).norm()) for name, plain in found[False].items()]
+        # A value at the border between two codes may fall to the other side.
+        assert all(distance <= 2e-2 * norm for norm, distance in norms)
+
+    def test_are_compiled_once_for_blocks_that_are_alike(self, folder: Path) -> None:
+        torch.compiler.reset()
+        model = OmniQuantModel(str(folder), WeightSpec(4), compile=True)
+        counters = torch._dynamo.utils.counters["stats"]
+        counters.clear()
+        for _ in range(2):
+            block, hidden, target = make(model)
+            learner(model, block).loss((hidden, target)).backward()
+        assert counters["unique_graphs"] == 1
+
+    def test_need_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        refuse_without_compiler(torch.device("cpu"))
+        monkeypatch.setenv("CXX", "nothing-that-exists")
+        with pytest.raises(ConfigurationError, match=r"^model\.compile: .*CXX=nothing-that-exists is not found"):
+            refuse_without_compiler(torch.device("cpu"))

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Raised whenever a signature below changes; the loader refuses a library of another version. */
-#define OMNIQUANT_ABI_VERSION 2
+#define OMNIQUANT_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define OMNIQUANT_API __declspec(dllexport)
@@ -56,6 +56,12 @@ OMNIQUANT_API void omniquant_dynamic_fake_quantize_backward(const float *grad, c
                                                             float *grad_x, int64_t columns,
                                                             int64_t begin, int64_t end,
                                                             int32_t bits, int32_t symmetric);
+
+/* Lowest and highest value of each row, and the first index of either; of a row that holds a NaN, NaN
+ * and the first of those. columns is 1 to 2^31 - 1. */
+OMNIQUANT_API void omniquant_row_extremes(const float *x, float *low, float *high, int64_t *low_at,
+                                          int64_t *high_at, int64_t columns, int64_t begin,
+                                          int64_t end);
 
 /* Rows [begin, end) of codes [rows, columns] and words [rows, words_per_row]; bits is 1 to 8.
  * Packing drops what a code holds above its bits, and clears the bits that hold no code. */

@@ -5,6 +5,7 @@ from omniquant_pl.ops._fake_quantize import (
     dynamic_fake_quantize_backward,
     fake_quantize,
     fake_quantize_backward,
+    row_extremes,
 )
 from omniquant_pl.ops._layouts import LAYOUTS, padded_columns, plane_widths, words_per_row
 from omniquant_pl.ops._pack import pack, unpack
@@ -20,6 +21,7 @@ __all__ = [
     "packed_linear",
     "padded_columns",
     "plane_widths",
+    "row_extremes",
     "unpack",
     "words_per_row",
 ]

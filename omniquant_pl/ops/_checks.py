@@ -8,6 +8,7 @@ from omniquant_pl.ops._layouts import LAYOUTS, words_per_row
 __all__ = [
     "check_bits",
     "check_codes",
+    "check_columns",
     "check_packed_linear",
     "check_packed_linear_backward",
     "check_parameters",
@@ -32,6 +33,18 @@ def check_rows(x: Tensor) -> None:
         raise ValueError(f"expected x as [rows, columns], got shape {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point x, got {x.dtype}")
+
+
+def check_columns(x: Tensor) -> None:
+    """Refuse rows that have no extremes.
+
+    Raises:
+        ValueError: `x` is not 2-D, or has no columns.
+        TypeError: `x` is not a floating-point tensor.
+    """
+    check_rows(x)
+    if x.shape[1] == 0:
+        raise ValueError(f"expected at least one column, got shape {list(x.shape)}")
 
 
 def check_same_rows(grad: Tensor, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from omniquant_pl.ops import _default, _default_linear, _native
 from omniquant_pl.ops._checks import (
     check_bits,
     check_codes,
+    check_columns,
     check_packed_linear,
     check_parameters,
     check_rows,
@@ -24,6 +25,7 @@ from omniquant_pl.ops._threads import split_rows
 __all__ = ["CpuKernels", "cpu_kernels"]
 
 _HALVES = (torch.float16, torch.bfloat16)
+_MOST_COLUMNS = 2**31 - 1
 _PRODUCT_BITS = (2, 3, 4, 8)
 MOST_ROWS = 0  # of x in a packed product; 0 for as many as it pays for
 WIDEST_VECTOR = 0  # in floats; 0 for the processor's own
@@ -48,6 +50,7 @@ class CpuKernels:
         self._backward = declare("fake_quantize_backward", 7)
         self._dynamic = declare("dynamic_fake_quantize", 2)
         self._dynamic_backward = declare("dynamic_fake_quantize_backward", 3)
+        self._extremes = _native.declare(library, "omniquant_row_extremes", [*[POINTER] * 5, I64, I64, I64])
         packing = [POINTER, POINTER, I64, I64, I64, I64, I32, I32]
         self._pack = _native.declare(library, "omniquant_pack", packing)
         self._unpack = _native.declare(library, "omniquant_unpack", packing)
@@ -116,6 +119,19 @@ class CpuKernels:
         result = torch.empty_like(x)
         _run(self._dynamic_backward, (grad, x, result), bits, symmetric)
         return result
+
+    def row_extremes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `omniquant_pl.ops.row_extremes`."""
+        check_columns(x)
+        if x.dtype != torch.float32 or x.shape[1] > _MOST_COLUMNS:
+            return _default.row_extremes(x)
+        x = x.contiguous()
+        rows, columns = x.shape
+        ends = x.new_empty((rows, 1)), x.new_empty((rows, 1))
+        places = torch.empty((rows, 1), dtype=torch.int64), torch.empty((rows, 1), dtype=torch.int64)
+        call = partial(self._extremes, *[tensor.data_ptr() for tensor in (x, *ends, *places)], columns)
+        split_rows(call, rows, columns)
+        return (*ends, *places)
 
     def pack(self, codes: Tensor, bits: int, layout: str) -> Tensor:
         """See `omniquant_pl.ops.pack`."""

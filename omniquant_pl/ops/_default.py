@@ -7,7 +7,7 @@ are equal bit for bit. In-place operations on fresh tensors only: half the memor
 import torch
 from torch import Tensor
 
-from omniquant_pl.ops._checks import check_bits, check_parameters, check_rows, check_same_rows
+from omniquant_pl.ops._checks import check_bits, check_columns, check_parameters, check_rows, check_same_rows
 
 __all__ = [
     "SCALE_FLOOR",
@@ -16,6 +16,7 @@ __all__ = [
     "dynamic_fake_quantize_backward",
     "fake_quantize",
     "fake_quantize_backward",
+    "row_extremes",
 ]
 
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
@@ -74,6 +75,13 @@ def _fake_quantize_backward(
 def _equal(x: Tensor, y: Tensor) -> Tensor:
     # A mask of ones and zeros in x's dtype: on the CPU, bool tensors cost five times as much.
     return torch.eq(x, y, out=torch.empty_like(x))
+
+
+def row_extremes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `omniquant_pl.ops.row_extremes`."""
+    check_columns(x)
+    (low, low_at), (high, high_at) = x.min(1, keepdim=True), x.max(1, keepdim=True)
+    return low, high, low_at, high_at
 
 
 def dynamic_fake_quantize(x: Tensor, bits: int, symmetric: bool) -> Tensor:

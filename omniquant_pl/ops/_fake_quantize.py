@@ -4,10 +4,11 @@ Source: OmniQuant (arXiv 2308.13137), section 3.2 for weights; per-token dynamic
 section 4.1. Straight-through rounding in both backwards.
 """
 
+import torch
 from torch import Tensor
 
 from omniquant_pl.ops import _default
-from omniquant_pl.ops._checks import check_bits, check_parameters, check_rows, check_same_rows
+from omniquant_pl.ops._checks import check_bits, check_columns, check_parameters, check_rows, check_same_rows
 from omniquant_pl.ops._compiled import COMPILED
 from omniquant_pl.ops._library import register
 
@@ -16,6 +17,7 @@ __all__ = [
     "dynamic_fake_quantize_backward",
     "fake_quantize",
     "fake_quantize_backward",
+    "row_extremes",
 ]
 
 
@@ -67,6 +69,25 @@ def fake_quantize_backward(
         TypeError: dtypes differ or are not floating-point.
     """
     result: tuple[Tensor, Tensor, Tensor] = _fake_quantize_backward(grad, x, scale, zero_point, quant_min, quant_max)
+    return result
+
+
+def row_extremes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lowest and highest value of each row, and where they stand: the first of equal ones.
+
+    Of a row that holds a NaN both are NaN.
+
+    Args:
+        x: [rows, columns], floating-point.
+
+    Returns:
+        Lowest and highest values [rows, 1], dtype of `x`, and their columns [rows, 1], int64.
+
+    Raises:
+        ValueError: `x` is not 2-D, or has no columns.
+        TypeError: `x` is not floating-point.
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _row_extremes(x)
     return result
 
 
@@ -141,6 +162,13 @@ def _fake_dynamic_backward(grad: Tensor, x: Tensor, bits: int, symmetric: bool) 
     return x.new_empty(x.shape)
 
 
+def _fake_extremes(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_columns(x)
+    shape = (x.shape[0], 1)
+    ends, places = (x.new_empty(shape), x.new_empty(shape)), [x.new_empty(shape, dtype=torch.int64) for _ in range(2)]
+    return (*ends, places[0], places[1])
+
+
 _STATIC = "Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max"
 _fake_quantize = register(
     f"fake_quantize({_STATIC}) -> Tensor",
@@ -165,4 +193,10 @@ _dynamic_fake_quantize_backward = register(
     default=_default.dynamic_fake_quantize_backward,
     fake=_fake_dynamic_backward,
     compiled=COMPILED,
+)
+_row_extremes = register(
+    "row_extremes(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)",
+    default=_default.row_extremes,
+    fake=_fake_extremes,
+    compiled={key: kernels for key, kernels in COMPILED.items() if key == "CPU"},
 )

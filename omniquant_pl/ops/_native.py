@@ -15,7 +15,7 @@ import omniquant_pl
 
 __all__ = ["ABI_VERSION", "I32", "I64", "POINTER", "SUFFIX", "declare", "find", "load"]
 
-ABI_VERSION = 2  # OMNIQUANT_ABI_VERSION in csrc/include/omniquant.h
+ABI_VERSION = 3  # OMNIQUANT_ABI_VERSION in csrc/include/omniquant.h
 
 POINTER = ctypes.c_void_p
 I32 = ctypes.c_int32

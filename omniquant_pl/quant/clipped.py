@@ -35,7 +35,7 @@ class _ClippedFakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         low_at = high_at = None
         if full_range is None:
-            (low, low_at), (high, high_at) = rows.min(1, keepdim=True), rows.max(1, keepdim=True)
+            low, high, low_at, high_at = ops.row_extremes(rows)
             full_range = low.clamp_(max=0), high.clamp_(min=0)
         low, high = full_range
         gamma = torch.sigmoid(upper)

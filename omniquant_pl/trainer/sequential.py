@@ -22,6 +22,7 @@ from omniquant_pl.activations import BatchOrder, Storage, StreamBatches, Streams
 from omniquant_pl.block import BlockModule
 from omniquant_pl.calibration import Calibration, Engine
 from omniquant_pl.checkpoint.guarded import load_latest
+from omniquant_pl.compiling import refuse_without_compiler
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.deciding import DECIDING_TRAINER_KEYS
 from omniquant_pl.distributed import (
@@ -103,6 +104,8 @@ class SequentialTrainer(RunTrainer):
         with Watch(self.group.rank, self.group.size).watching(), self.interruption.listening():
             with self.group.together():
                 checkpoint = self._checkpoint_of(ckpt_path)
+                if model.learning.compile:
+                    refuse_without_compiler(self.strategy.root_device)
                 tokens = self.prepare(model, datamodule)
                 self._refuse_shares(model, datamodule, len(tokens))
                 self.fingerprint = fingerprint(self._settings(model, datamodule), model.source.folder, tokens)

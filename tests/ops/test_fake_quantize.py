@@ -125,6 +125,28 @@ def test_dynamic_gradient(x: Tensor, bits: int, symmetric: bool) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@given(matrices())
+def test_extremes_are_those_of_python(dtype: torch.dtype, x: Tensor) -> None:
+    rows = x.to(dtype).tolist()
+    low, high, low_at, high_at = (result.flatten().tolist() for result in ops.row_extremes(x.to(dtype)))
+    assert (low, high) == ([min(row) for row in rows], [max(row) for row in rows])
+    assert low_at == [row.index(min(row)) for row in rows]
+    assert high_at == [row.index(max(row)) for row in rows]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 33, 1000])
+def test_extremes_of_a_row_with_a_nan(columns: int) -> None:
+    x = torch.arange(2.0 * columns).view(2, columns)
+    x[1, columns // 2 :] = math.nan
+    low, high, low_at, high_at = ops.row_extremes(x)
+    assert (low[0].item(), high[0].item()) == (0, columns - 1)
+    assert low[1].isnan() and high[1].isnan()
+    assert low_at[1].item() == high_at[1].item() == columns // 2
+    with pytest.raises(ValueError, match="at least one column"):
+        ops.row_extremes(torch.empty(2, 0))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float32_and_halves_follow_the_formula(dtype: torch.dtype, symmetric: bool) -> None:

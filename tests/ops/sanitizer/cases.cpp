@@ -141,6 +141,14 @@ void check_fake_quantization(int64_t rows, int64_t columns, bool hostile) {
         scale[i] = 0.1f;
         zero[i] = 7.0f;
     }
+    Buffer<int64_t> low_at(rows), high_at(rows);
+    if (columns > 0) {
+        omniquant_row_extremes(x.data(), grad_scale.data(), grad_zero.data(), low_at.data(), high_at.data(), columns, 0,
+                               rows);
+    }
+    for (int64_t i = 0; i < rows && columns > 0 && !hostile; ++i) {
+        require(x[i * columns + low_at[i]] == grad_scale[i] && x[i * columns + high_at[i]] == grad_zero[i], "extremes");
+    }
     omniquant_fake_quantize(x.data(), scale.data(), zero.data(), out.data(), columns, 0, rows, 0, 15);
     for (int64_t i = 0; i < x.size() && !hostile; ++i) {
         require(std::fabs(out[i]) <= 0.81f && std::fabs(out[i] - std::fmax(x[i], -0.7f)) <= 0.21f, "fake quantization");
