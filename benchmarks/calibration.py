@@ -1,15 +1,15 @@
 """What a calibration step costs, next to the formulas in plain torch and to what the device's matrix products allow.
 
-    python benchmarks/calibration.py                                       # a block of 1024 channels, 512 tokens
-    python benchmarks/calibration.py --model FOLDER --tokens 256           # the first block of a LLaMA checkpoint
+    python benchmarks/calibration.py                                # a block of 1024 channels, 512 tokens
+    python benchmarks/calibration.py --model FOLDER --tokens 256    # the first block of a LLaMA checkpoint
     python benchmarks/calibration.py --device cuda --shape llama-8b --ways eager compiled compiled-bf16
-    python benchmarks/calibration.py --guard                               # against the ratios that are stored
+    python benchmarks/calibration.py --guard                        # against the ratios that are stored
 
-All ways take the same step in turn, round after round, on one thread of the CPU; medians are printed. ``formula`` is the
-step as the paper writes it (``formula.py``), ``bare`` the block in float32 without quantization, forward and backward
-with gradients of its weights. The rate is that of the step's products alone over the fastest that the device reached on
-products of the same sizes. ``--guard`` warns where a ratio is 15 % below the one in ``ratios.json``; ``--store`` puts
-the ratios of this run there.
+All ways take the same step in turn, round after round, on one thread of the CPU; medians are printed. ``formula`` is
+the step as the paper writes it (``formula.py``), ``bare`` the block in float32 without quantization, forward and
+backward with gradients of its weights. The rate is that of the step's products alone over the fastest that the device
+reached on products of the same sizes. ``--guard`` warns where a ratio is 15 % below the one in ``ratios.json``;
+``--store`` puts the ratios of this run there.
 """
 
 from __future__ import annotations

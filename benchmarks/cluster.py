@@ -6,9 +6,9 @@
 
 ``quality`` calibrates the reference models in order and in 2 and 4 segments, with and without stitching, by the
 presets' settings but for ``--epochs``. One process calibrates all segments in turn: the factors are those of several
-processes, byte for byte (``tests/distributed/test_processes.py``). ``equal`` compares two data-parallel processes with
-one on the embedded model. ``speed`` times a model of equal blocks in one segment and in two, one thread a process, in alternation. Finished
-runs are not repeated.
+processes, byte for byte (``tests/distributed/test_processes.py``). ``equal`` compares two data-parallel processes
+with one on the embedded model. ``speed`` times a model of equal blocks in one segment and in two, one thread a process,
+in alternation. Finished runs are not repeated.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def differing_settings(saved: Mapping[str, Any], config: Mapping[str, Any]) -> l
     sections = [f"{section}.{key}" for section in ("model", "data") for key in config[section]]
     trainer = [f"trainer.{key}" for key in (*DECIDING_TRAINER_KEYS, "callbacks")]
     keys = [key for key in ("seed_everything", *sections, *trainer) if key not in _NOT_DECIDING]
-    differing = [key for key in keys if _value(saved, key) != _value(config, key)]
+    # An option that the run did not know yet was off.
+    differing = [key for key in keys if (_value(saved, key) or None) != (_value(config, key) or None)]
     return differing + ([] if _segments(saved) == _segments(config) else ["trainer.strategy"])
 
 

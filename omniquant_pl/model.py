@@ -83,7 +83,7 @@ class OmniQuantModel(LightningModule):
         output_loss: Literal["mse", "kl"] = "mse",
         schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
         weight_decay: float = 0.0,
-        compile: bool = False,
+        compile: bool = False,  # noqa: A002 (the name of the key)
         activation_dtype: Literal["float32", "bfloat16"] | None = None,
         activation_budget: BudgetSpec = BudgetSpec(),  # noqa: B008 (frozen)
         parameters: str | None = None,
@@ -92,6 +92,8 @@ class OmniQuantModel(LightningModule):
         given = dict(locals())
         super().__init__()
         self.settings = {name: value for name, value in given.items() if name not in _NOT_DECIDING}
+        if not compile:  # runs that do not know the option go on
+            del self.settings["compile"]
         self.path = path
         self.scheme = Scheme(weights, activations)
         self.clipping = clipping

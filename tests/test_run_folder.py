@@ -156,6 +156,11 @@ class TestOtherSettings:
         used.refuse_other_settings(CONFIG)
         used.refuse_other_settings(self.changed(key, value))
 
+    def test_an_option_that_came_after_the_run_was_off(self, used: RunFolder) -> None:
+        used.refuse_other_settings(self.changed("model.compile", False))
+        with pytest.raises(ConfigurationError, match=r"another model\.compile"):
+            used.refuse_other_settings(self.changed("model.compile", True))
+
     def test_nothing_to_protect(self, used: RunFolder) -> None:
         used.factor_file(0).unlink()
         used.refuse_other_settings(self.changed("model.path", "b"))

@@ -141,7 +141,8 @@ def test_extremes_of_a_row_with_a_nan(columns: int) -> None:
     x[1, columns // 2 :] = math.nan
     low, high, low_at, high_at = ops.row_extremes(x)
     assert (low[0].item(), high[0].item()) == (0, columns - 1)
-    assert low[1].isnan() and high[1].isnan()
+    assert low[1].isnan()
+    assert high[1].isnan()
     assert low_at[1].item() == high_at[1].item() == columns // 2
     with pytest.raises(ValueError, match="at least one column"):
         ops.row_extremes(torch.empty(2, 0))
