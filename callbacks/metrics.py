@@ -67,7 +67,6 @@ class MetricsCallback(CalibrationCallback):
     def on_baseline(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
         self._evaluate(trainer, model, "full_precision")
-        self._evaluate(trainer, model, "round_to_nearest")
         self._calibration_started = time.perf_counter() - self._calibrated_before
         if not trainer.resumes:
             self._write(trainer)
@@ -101,6 +100,7 @@ class MetricsCallback(CalibrationCallback):
     @override
     def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
+        self._evaluate(trainer, model, "round_to_nearest")  # what it tells is of use now: the first block came sooner
         self._evaluate(trainer, model, "quantized")
         self._write(trainer)
 

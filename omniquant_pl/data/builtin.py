@@ -42,6 +42,10 @@ _SKIPPED = frozenset(
 )
 
 
+_BODIES = ("body", "handlers", "orelse", "finalbody", "cases")
+"""Fields of statements that hold lists of statements, or what has such lists."""
+
+
 @lru_cache(maxsize=2)
 def builtin_text(split: Split) -> str:
     """Read one split of the embedded text.
@@ -120,11 +124,20 @@ def _docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
                 yield text  # cleaned by ast already
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Everything that statements are in, level by level as ``ast.walk``, without their expressions: most of a tree."""
+    level: list[ast.AST] = [tree]
+    while level:
+        yield from level
+        lists = [getattr(node, field, ()) for node in level for field in node._fields if field in _BODIES]
+        level = [child for children in lists for child in children]
 
 
 def _missing(what: str) -> str:

@@ -32,9 +32,9 @@ def test_a_quiet_run_writes_it(
     assert "2 blocks to w4a16" in half[0]
     assert [line.split(":")[0] for line in half[2:]] == [
         "perplexity, full precision",
-        "perplexity, round to nearest",
         "block 0",
         "block 1",
+        "perplexity, round to nearest",
         "perplexity, quantized",
         f"finished in {half[-1].split()[2]} s",
     ]
