@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.trainer.refusals import warn_of_slow_products
 
 LINEARS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -371,3 +373,27 @@ class TestPrivateNames:
         assert trainer.fit_loop.epoch_progress.current.processed == 0
         trainer.fit_loop.max_epochs = 7
         assert trainer.max_epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "vectors", "warns"),
+    [
+        ("bf16-mixed", "cpu", "AVX2", True),
+        ("bf16-mixed", "cpu", "DEFAULT", True),
+        ("bf16-mixed", "cpu", "AVX512", False),
+        ("32-true", "cpu", "AVX2", False),
+        ("bf16-mixed", "cuda", "AVX2", False),
+    ],
+)
+def test_slow_products_are_said(
+    precision: str,
+    device: str,
+    vectors: str,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    warn_of_slow_products(precision, torch.device(device))
+    assert bool(caplog.records) is warns

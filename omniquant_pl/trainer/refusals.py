@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -29,7 +32,10 @@ __all__ = [
     "refuse_several",
     "refuse_shares",
     "refuse_trainer",
+    "warn_of_slow_products",
 ]
+
+_log = logging.getLogger(__name__)
 
 _PRECISIONS = ("32-true", "bf16-mixed")
 _STRATEGIES = ("single_device", "block_parallel")
@@ -141,6 +147,18 @@ def refuse_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, samp
     if strategy.stitch_epochs and model.window.blocks > 1:
         message = f"{model.window.blocks} blocks at once cannot be stitched; set it to 1"
         raise ConfigurationError("model.window.blocks", f"{message}, or trainer.strategy.stitch_epochs to 0")
+
+
+def warn_of_slow_products(precision: str | int, device: torch.device) -> None:
+    """Says that an x86 processor without instructions for bfloat16 multiplies it many times more slowly than float32."""
+    if device.type != "cpu" or not str(precision).startswith("bf16") or platform.machine() not in ("x86_64", "AMD64"):
+        return
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if not vectors.startswith("AVX512"):
+        message = (
+            "trainer.precision: this processor (%s) has no bfloat16 instructions, and 32-true is many times faster"
+        )
+        _log.warning(message, vectors)
 
 
 def _refuse_precision(precision: str | int | None) -> None:

@@ -42,7 +42,7 @@ from omniquant_pl.trainer.comparing import compare_methods
 from omniquant_pl.trainer.exporting import export_run
 from omniquant_pl.trainer.generating import generate_text
 from omniquant_pl.trainer.planning import plan_run
-from omniquant_pl.trainer.refusals import refuse_segments, refuse_settings, refuse_shares
+from omniquant_pl.trainer.refusals import refuse_segments, refuse_settings, refuse_shares, warn_of_slow_products
 from omniquant_pl.trainer.run import RunTrainer, seed
 from omniquant_pl.trainer.segmented import SegmentedCalibration, segment_settings
 from omniquant_pl.trainer.testing import measure_run
@@ -106,6 +106,7 @@ class SequentialTrainer(RunTrainer):
                 checkpoint = self._checkpoint_of(ckpt_path)
                 if model.learning.compile:
                     refuse_without_compiler(self.strategy.root_device)
+                warn_of_slow_products(self.precision, self.strategy.root_device)
                 tokens = self.prepare(model, datamodule)
                 self._refuse_shares(model, datamodule, len(tokens))
                 self.fingerprint = fingerprint(self._settings(model, datamodule), model.source.folder, tokens)
