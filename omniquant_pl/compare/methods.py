@@ -22,7 +22,7 @@ Settings = dict[str, Any]
 _SHARED = {
     "model": ("path", "weights", "activations", "activation_dtype", "activation_budget", "trust_remote_code"),
     "data": ("dataset", "samples", "sequence_length", "evaluation"),
-    "trainer": ("accelerator",),
+    "trainer": ("accelerator", "precision"),  # the precision that pays is the device's, not the method's
 }
 """What a comparison keeps of its configuration, by section; the rest is the method's. Every fit has one device."""
 

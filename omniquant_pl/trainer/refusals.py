@@ -150,7 +150,7 @@ def refuse_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, samp
 
 
 def warn_of_slow_products(precision: str | int, device: torch.device) -> None:
-    """Says that an x86 processor without instructions for bfloat16 multiplies it many times more slowly than float32."""
+    """Says that an x86 processor without instructions for bfloat16 multiplies it far more slowly than float32."""
     if device.type != "cpu" or not str(precision).startswith("bf16") or platform.machine() not in ("x86_64", "AMD64"):
         return
     vectors = torch.backends.cpu.get_cpu_capability()
