@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from omniquant_pl.compiling import compiled
+from omniquant_pl.compiling import are_close, compiled
 from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.memory import make_room
@@ -59,6 +59,7 @@ class BlockModule(LightningModule):
         self.parts = 1
         self.weight: Callable[[int, int], float] = lambda number, samples: 1.0
         self._weight = 1.0
+        self._is_compiled = self._is_unchecked = learning.compile
         self._batch: Sequence[Tensor] = ()
         self.epoch_losses: list[float] = []
         self._loss_sum = self._resumed_sum = torch.zeros(())
@@ -76,7 +77,7 @@ class BlockModule(LightningModule):
     @override
     def forward(self, hidden: Tensor) -> Tensor:
         """Runs the quantized blocks on ``[batch, tokens, channels]``."""
-        run = compiled(QuantizedBlock.forward) if self.learning.compile else QuantizedBlock.__call__
+        run = compiled(QuantizedBlock.forward) if self._is_compiled else QuantizedBlock.__call__
         for block in self._blocks:
             hidden = run(block, hidden)
         return hidden
@@ -124,10 +125,32 @@ class BlockModule(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         while True:
             try:
+                if self._is_unchecked:
+                    self._check_compiled(parameters)
                 return loss_in_parts(self.loss, self._batch, parameters, self.parts) * self._weight
             except torch.OutOfMemoryError as error:
                 message = str(error)
             self._take_more_parts(message)  # outside of the handler, which would hold on to what did not fit
+
+    def _check_compiled(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Compares the first compiled gradients with plain ones, and goes on without compiling if they differ.
+
+        Compilers have errors, and a wrong gradient would only be seen in the perplexity.
+        """
+        found = []
+        for self._is_compiled in (False, True):
+            loss = loss_in_parts(self.loss, self._batch, parameters, self.parts)
+            found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+        self._is_unchecked = False
+        kinds = [name.rpartition(".")[2] for name, parameter in self.named_parameters() if parameter.requires_grad]
+        of_kinds = [
+            [[g for g, other in zip(each, kinds, strict=True) if other == kind] for each in found]
+            for kind in set(kinds)
+        ]
+        if not all(are_close(*pair) for pair in of_kinds):
+            self._is_compiled = False
+            message = "block %d: torch.compile makes other gradients of it than plain steps; it learns by plain ones"
+            _log.warning(message, self.index)
 
     def _take_more_parts(self, message: str) -> None:
         samples = len(self._batch[0])

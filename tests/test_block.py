@@ -281,10 +281,14 @@ def test_observed_ranges_are_those_of_the_linear_inputs() -> None:
 
 class TestCompiledSteps:
     def test_have_the_gradients_of_plain_ones(self, folder: Path) -> None:
-        found = {}
+        found: dict[bool, dict[str, Any]] = {}
         for compiles in (False, True):
-            options = {"activations": ActivationSpec(8), "transform": TransformSpec(), "compile": compiles}
-            model = OmniQuantModel(str(folder), WeightSpec(4, 8), **options)  # type: ignore[arg-type]
+            options: dict[str, Any] = {
+                "activations": ActivationSpec(8),
+                "transform": TransformSpec(),
+                "compile": compiles,
+            }
+            model = OmniQuantModel(str(folder), WeightSpec(4, 8), **options)
             block, hidden, target = make(model)
             module = learner(model, block)
             block.start_learning()
@@ -293,6 +297,32 @@ class TestCompiledSteps:
         norms = [(plain.norm(), (found[True][name] - plain).norm()) for name, plain in found[False].items()]
         # A value at the border between two codes may fall to the other side.
         assert all(distance <= 2e-2 * norm for norm, distance in norms)
+
+    @pytest.mark.parametrize("factor", [1.0, 2.0, math.nan])
+    def test_that_are_wrong_are_found(
+        self, folder: Path, factor: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(block: QuantizedBlock, hidden: Tensor) -> Tensor:
+                output = forward(block, hidden)
+                return output + (factor - 1) * (output - output.detach())  # other gradients
+
+            return run
+
+        monkeypatch.setattr("omniquant_pl.block.compiled", broken)
+        model = OmniQuantModel(str(folder), WeightSpec(4), ActivationSpec(8), transform=TransformSpec(), compile=True)
+        block, hidden, target = make(model)
+        module = learner(model, block)
+        block.start_learning()
+        found = module.training_step((hidden, target), 0)
+        assert found is not None
+        found.backward()
+        gradients = {name: each.grad for name, each in module.named_parameters()}
+        plain = learner(OmniQuantModel(str(folder), WeightSpec(4), ActivationSpec(8), transform=TransformSpec()), block)
+        plain.zero_grad()
+        plain.loss((hidden, target)).backward()
+        torch.testing.assert_close({name: each.grad for name, each in plain.named_parameters()}, gradients)
+        assert [record.levelname for record in caplog.records] == ([] if factor == 1.0 else ["WARNING"])
 
     def test_are_compiled_once_for_blocks_that_are_alike(self, folder: Path) -> None:
         torch.compiler.reset()
