@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from omniquant_pl.cli import run
@@ -19,6 +20,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 PRESETS = [path for path in CONFIGS if path.parent == FOLDER]
 BEST = [path for path in CONFIGS if path.parent.name == "best"]
+FAST = [path for path in CONFIGS if path.parent.name == "fast"]
 
 
 def name_of(path: Path) -> str:
@@ -87,7 +89,20 @@ def test_best_presets_are_named_after_their_scheme(path: Path, build: Any) -> No
     assert path.stem in {preset.stem for preset in PRESETS} | {"w4a16g64"}
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in PRESETS + BEST], ids=name_of)
+@pytest.mark.parametrize("path", FAST, ids=name_of)
+def test_fast_presets_are_the_published_ones_in_a_quarter_of_the_steps(path: Path) -> None:
+    fast, published = (yaml.safe_load(each.read_text()) for each in (path, FOLDER / path.name))
+    assert 4 * fast["trainer"]["max_epochs"] == published["trainer"]["max_epochs"]
+    assert fast["data"] == published["data"]
+    assert fast["model"].pop("compile") is True
+    if fast["model"].pop("schedule", None) is not None:
+        for section in ("clipping", "transform"):
+            assert fast["model"][section]["lr"] == 4 * published["model"][section]["lr"]
+            fast["model"][section]["lr"] = published["model"][section]["lr"]
+    assert fast["model"] == published["model"]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in PRESETS + BEST + FAST], ids=name_of)
 def test_every_option_beyond_the_paper_parses(path: Path, build: Any) -> None:
     _, model, _ = build(path)
     assert model.scheme.name in ("w2a16g64", "w4a4")
