@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate.whole import open_exported, open_original
@@ -16,7 +16,20 @@ from omniquant_pl.memory import return_free_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 
-__all__ = ["measure_zero_shot"]
+__all__ = ["measure_zero_shot", "task_tokenizer"]
+
+
+def task_tokenizer(model: OmniQuantModel) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer that reads the tasks; asked for before any work.
+
+    Raises:
+        ConfigurationError: If the model's folder has none.
+    """
+    tokenizer = model.source.tokenizer
+    if tokenizer is None:
+        message = f"the tasks are text, and {model.source.folder} (model.path) has no tokenizer to read them with; "
+        raise ConfigurationError("zero_shot", message + "add its files, such as tokenizer.json, or leave zero_shot out")
+    return tokenizer
 
 
 def measure_zero_shot(
@@ -40,9 +53,7 @@ def measure_zero_shot(
         ConfigurationError: If the run is not finished, a folder cannot be loaded, or there is no tokenizer.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tokenizer = model.source.tokenizer
-    if tokenizer is None:
-        raise ConfigurationError("model.path", f"{model.source.folder} has no tokenizer, so that it cannot read tasks")
+    tokenizer = task_tokenizer(model)
 
     def quantized() -> PreTrainedModel:
         if exported is not None:

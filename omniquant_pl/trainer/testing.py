@@ -10,7 +10,7 @@ from rich.console import Console
 
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.evaluate import ZeroShot, measure_zero_shot, perplexity_table, zero_shot_table
+from omniquant_pl.evaluate import ZeroShot, measure_zero_shot, perplexity_table, task_tokenizer, zero_shot_table
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.report import write_report
 from omniquant_pl.run_folder import RunFolder
@@ -51,12 +51,16 @@ def measure_run(
         ``report.html`` hold them from now on, unless ``limit`` is set.
 
     Raises:
-        ConfigurationError: If the run is not finished or does not fit the settings, or a task cannot be loaded.
+        ConfigurationError: If the run is not finished or does not fit the settings, a task cannot be loaded, or
+            there is no tokenizer to read it with.
     """
     del ckpt_path, weights_only
     if exported is not None and zero_shot is None:
         raise ConfigurationError("exported", "only tasks are measured on a folder; set zero_shot as well")
-    tasks = None if zero_shot is None else ZeroShot(zero_shot, shots, limit, batch_size)
+    tasks = None
+    if zero_shot is not None:
+        task_tokenizer(model)  # refused before tasks are fetched and perplexities measured
+        tasks = ZeroShot(zero_shot, shots, limit, batch_size)
     trainer.prepare(model, datamodule)
     found: dict[str, Any] = {}
     if exported is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,19 @@ class TestRefused:
         arguments = [f"--zero_shot=[{make_task()}]", f"--exported={tmp_path}"]
         with pytest.raises(ConfigurationError, match=r"exported: .* is no model folder"):
             run(["test", f"--config={run_folder / 'config.yaml'}", *arguments])
+
+    def test_a_model_without_tokenizer(
+        self, run_folder: Path, make_task: Make, token_files: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        """In front of everything: the task's data are not there either, and no perplexity is written down."""
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(EMBEDDED / name, tmp_path)
+        task = make_task(dataset_kwargs={"data_files": {"validation": "gone.jsonl"}})
+        before = (run_folder / "metrics.json").read_bytes()
+        data = [f"--model.path={tmp_path}", f"--data.dataset={token_files[0]}", f"--data.evaluation=[{token_files[1]}]"]
+        with pytest.raises(ConfigurationError, match=f"zero_shot: .* {tmp_path} .* no tokenizer .*leave zero_shot out"):
+            run(["test", f"--config={run_folder / 'config.yaml'}", *data, f"--zero_shot=[{task}]"])
+        assert (run_folder / "metrics.json").read_bytes() == before
 
 
 def test_the_names_of_the_help_are_known() -> None:
