@@ -132,11 +132,15 @@ class OmniQuantModel(LightningModule):
     @property
     def activation_dtype(self) -> torch.dtype:
         """What the hidden states between blocks are stored in."""
+        weight = self.source.stored_names(0)[f"{self.source.layouts[0].linears[0]}.weight"]
+        return self.activation_dtype_for(self.source.describe(weight).dtype == "BF16")
+
+    def activation_dtype_for(self, is_bfloat16: bool) -> torch.dtype:
+        """The same, for a checkpoint of which no more is known than whether it is stored in bfloat16."""
         if self._activation_dtype is not None:
             dtype: torch.dtype = getattr(torch, self._activation_dtype)
             return dtype
-        weight = self.source.stored_names(0)[f"{self.source.layouts[0].linears[0]}.weight"]
-        return torch.bfloat16 if self.source.describe(weight).dtype == "BF16" else torch.float32
+        return torch.bfloat16 if is_bfloat16 else torch.float32
 
     def unrotated(self) -> SourceModel:
         """Returns the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""

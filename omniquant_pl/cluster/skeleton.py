@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import AutoConfig
 
@@ -29,6 +30,8 @@ class Skeleton:
     positions: int
     others: int
     """Numbers around the blocks."""
+    is_bfloat16: bool
+    """Whether the weights are said to be stored in it."""
 
 
 def read_skeleton(path: str) -> Skeleton:
@@ -52,5 +55,10 @@ def read_skeleton(path: str) -> Skeleton:
         shapes.append([(weights[f"{name}.weight"][0], weights[f"{name}.weight"][1]) for name in layout.linears])
     costs = tuple(sum(rows * columns for rows, columns in each) for each in shapes)
     return Skeleton(
-        costs, tuple(shapes[0]), config.hidden_size, int(config.max_position_embeddings), total - sum(costs)
+        costs,
+        tuple(shapes[0]),
+        config.hidden_size,
+        int(config.max_position_embeddings),
+        total - sum(costs),
+        torch.bfloat16 in (whole.dtype, config.dtype),
     )

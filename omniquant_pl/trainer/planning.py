@@ -87,7 +87,6 @@ def _job(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationDat
         job,
         batch_size=data.batch_size,
         epochs=trainer.epochs_per_block,
-        stream_bytes=model.activation_dtype.itemsize,
         window=model.window.blocks,
         augmented=model.aug_loss,
     )
@@ -99,7 +98,8 @@ def _measured(trainer: SequentialTrainer, model: OmniQuantModel, data: Calibrati
     costliest = costs.index(max(costs))
     times, factors = measured_times(model, tokens, data.batch_size, costliest, trainer.engine(model, tokens))
     others = sum(source.describe(name).elements for name in source.surrounding_names)
-    job = Job(tuple(costs), len(tokens), tokens.shape[1], source.config.hidden_size, 1, 0)
+    stored = model.activation_dtype.itemsize
+    job = Job(tuple(costs), len(tokens), tokens.shape[1], source.config.hidden_size, 1, 0, stored)
     return times, replace(_job(trainer, model, data, job), factors=factors, other_weights=others)
 
 
@@ -109,7 +109,10 @@ def _estimated(
     found = read_skeleton(model.path)
     tokens = data.sequence_length or min(2048, found.positions)
     groups = sum(_factors(shape, model.scheme.weights.group_size) for shape in found.linears)
-    job = Job(found.costs, data.samples, tokens, found.channels, 1, 0, factors=groups, other_weights=found.others)
+    stored = model.activation_dtype_for(found.is_bfloat16).itemsize
+    job = Job(
+        found.costs, data.samples, tokens, found.channels, 1, 0, stored, factors=groups, other_weights=found.others
+    )
     times = estimated_times(max(found.costs), tokens, teraflops, bandwidth)
     return times, _job(trainer, model, data, job)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_a_configuration_alone_gives_the_sizes(llama: Path, tmp_path: Path) -> N
     blocks = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in model.model.layers]
     assert list(found.costs) == blocks
     assert found.others + sum(found.costs) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("stored", "byte_count"), [("float16", 4), ("bfloat16", 2)])
+def test_the_command_estimates_without_weights(
+    stored: str, byte_count: int, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LlamaConfig.from_pretrained(llama).to_dict() | {"dtype": stored}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    memory = []
+    for samples in (8000, 16000):
+        sizes = [f"--data.samples={samples}", "--data.sequence_length=32", "--devices=1"]
+        run(["plan", "--config=w4a16.yaml", f"--model.path={tmp_path}", "--teraflops=1", *sizes])
+        memory += re.findall(r"memory of a device │ ([\d.]+) MB", " ".join(capsys.readouterr().out.split()))
+    streams = 7 * 8000 * 32 * config["hidden_size"] * byte_count / 1e6
+    assert float(memory[1]) - float(memory[0]) == pytest.approx(streams, abs=0.11)
 
 
 def test_the_command_measures_and_estimates(
