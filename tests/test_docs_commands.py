@@ -19,6 +19,7 @@ EXTRAS = set(metadata("omniquant-pl").get_all("Provides-Extra", []))
 SCRIPTS = {script.name: script for script in entry_points(group="console_scripts")}
 OURS = [command for command in COMMANDS if command.words[:2] == ["python", "train.py"]]
 OTHERS = [command for command in COMMANDS if command not in OURS]
+LAUNCHED = [command for command in COMMANDS if command.words[0] in ("torchrun", "sbatch")]
 TUTORIAL = [command.words[2:] for command in OURS if command.page == "docs/tutorial.md"]
 
 
@@ -83,6 +84,15 @@ def test_command_is_accepted(command: Command, build: Callable[..., None], capsy
         assert "model" in capsys.readouterr().out
     else:
         build(words, command.needs)
+
+
+@pytest.mark.parametrize("command", LAUNCHED, ids=str)
+def test_what_a_launcher_hands_on_is_accepted(command: Command, build: Callable[..., None]) -> None:
+    """The script for SLURM puts `fit` in front of its arguments."""
+    script = "train.py" if command.words[0] == "torchrun" else "configs/cluster/slurm.sbatch"
+    assert (ROOT / script).is_file()
+    handed_on = command.words[command.words.index(script) + 1 :]
+    build(handed_on if command.words[0] == "torchrun" else ["fit", *handed_on])
 
 
 def _is_sound(command: Command) -> bool:
