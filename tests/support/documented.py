@@ -11,7 +11,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-_PROGRAMS = ("python", "make", "pip", "omniquant", ".", "xdg-open", "llama-cli", "vllm", "mlc_llm", "torchrun", "srun", "sbatch")
+_PROGRAMS = (
+    "python",
+    "make",
+    "pip",
+    "omniquant",
+    ".",
+    "xdg-open",
+    "llama-cli",
+    "vllm",
+    "mlc_llm",
+    "torchrun",
+    "srun",
+    "sbatch",
+)
 _VARIABLE = re.compile(r"[A-Z_]+=\S*$")
 
 
