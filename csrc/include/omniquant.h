@@ -57,8 +57,8 @@ OMNIQUANT_API void omniquant_dynamic_fake_quantize_backward(const float *grad, c
                                                             int64_t begin, int64_t end,
                                                             int32_t bits, int32_t symmetric);
 
-/* Lowest and highest value of each row, and the first index of either; of a row that holds a NaN, NaN
- * and the first of those. columns is 1 to 2^31 - 1. */
+/* Lowest and highest value of each row, and the first index of either; of a row that holds a NaN,
+ * NaN and the first of those. columns is 1 to 2^31 - 1. */
 OMNIQUANT_API void omniquant_row_extremes(const float *x, float *low, float *high, int64_t *low_at,
                                           int64_t *high_at, int64_t columns, int64_t begin,
                                           int64_t end);
