@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import nn
 from transformers import AutoConfig
 
@@ -44,6 +43,7 @@ def read_skeleton(path: str) -> Skeleton:
         raise ConfigurationError("model.path", f"{path} is not a folder with a config.json")
     whole = AutoConfig.from_pretrained(path)
     family, config = family_of(whole), whole.get_text_config()
+    dtypes = {str(each.dtype).removeprefix("torch.") for each in (whole, config)}  # before building sets them
     model = build_without_weights(whole, family, False)
     total = sum(parameter.numel() for parameter in model.parameters())
     blocks = list(cast(nn.ModuleList, model.get_submodule(family.blocks)))
@@ -60,5 +60,5 @@ def read_skeleton(path: str) -> Skeleton:
         config.hidden_size,
         int(config.max_position_embeddings),
         total - sum(costs),
-        torch.bfloat16 in (whole.dtype, config.dtype),
+        "bfloat16" in dtypes,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -163,14 +164,20 @@ class TestRefused:
         self, run_folder: Path, make_task: Make, token_files: tuple[Path, Path], tmp_path: Path
     ) -> None:
         """In front of everything: the task's data are not there either, and no perplexity is written down."""
+        model, run_without = tmp_path / "model", tmp_path / "run"
+        model.mkdir()
         for name in ("config.json", "model.safetensors"):
-            shutil.copy(EMBEDDED / name, tmp_path)
+            shutil.copy(EMBEDDED / name, model)
+        shutil.copytree(run_folder, run_without)
+        config = yaml.safe_load((run_folder / "config.yaml").read_text())
+        config["model"]["path"], config["trainer"]["default_root_dir"] = str(model), str(run_without)
+        config["data"] |= {"dataset": str(token_files[0]), "evaluation": [str(token_files[1])]}
+        (run_without / "config.yaml").write_text(yaml.safe_dump(config))
         task = make_task(dataset_kwargs={"data_files": {"validation": "gone.jsonl"}})
-        before = (run_folder / "metrics.json").read_bytes()
-        data = [f"--model.path={tmp_path}", f"--data.dataset={token_files[0]}", f"--data.evaluation=[{token_files[1]}]"]
-        with pytest.raises(ConfigurationError, match=f"zero_shot: .* {tmp_path} .* no tokenizer .*leave zero_shot out"):
-            run(["test", f"--config={run_folder / 'config.yaml'}", *data, f"--zero_shot=[{task}]"])
-        assert (run_folder / "metrics.json").read_bytes() == before
+        before = (run_without / "metrics.json").read_bytes()
+        with pytest.raises(ConfigurationError, match=f"zero_shot: .* {model} .* no tokenizer .*leave zero_shot out"):
+            run(["test", f"--config={run_without / 'config.yaml'}", f"--zero_shot=[{task}]"])
+        assert (run_without / "metrics.json").read_bytes() == before
 
 
 def test_the_names_of_the_help_are_known() -> None:
