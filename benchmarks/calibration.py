@@ -57,7 +57,8 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     shape = shape_of(arguments.model, arguments.tokens) if arguments.model else SHAPES[arguments.shape]
-    name = f"{shape.hidden}/{shape.intermediate}, {shape.heads}/{shape.kv_heads} heads, {shape.tokens} tokens"
+    name = f"{shape.hidden}/{shape.intermediate}, {shape.heads}/{shape.kv_heads} heads"
+    name += f", {arguments.samples} x {shape.tokens} tokens"
     rates = {dtype: product_rate(shape, device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     print(f"{name}; products at {', '.join(f'{rate / 1e9:.0f} GFLOP/s {d}' for d, rate in rates.items())}")
     ratios = {}
@@ -65,16 +66,16 @@ def main() -> None:
         problem = make_problem(SCHEMES[scheme], shape, device, arguments.model, arguments.samples)
         steps = [make_step(problem, way) for way in arguments.ways]
         seconds = take_turns(steps, arguments.rounds, device)
-        print_table(scheme, problem, seconds, rates, LAYERS.get(arguments.shape))
+        print_table(scheme, problem, seconds, rates, None if arguments.model else LAYERS.get(arguments.shape))
         print_shares(steps, device)
-        for way in seconds:
-            for base in {"formula", "bare"} & seconds.keys() - {way}:
+        for way in [way for way in seconds if way not in ("formula", "bare")]:
+            for base in [base for base in ("formula", "bare") if base in seconds]:
                 gains = [one / other for one, other in zip(seconds[base], seconds[way], strict=True)]
-                ratios[f"{name}, {scheme}: {way} over {base}"] = median(gains)
+                ratios[f"{name}, {scheme}: {base} over {way}"] = median(gains)
     if arguments.store:
-        store_ratios(ratios)
+        store_ratios(ratios, device, arguments.model)
     if arguments.guard:
-        compare_ratios(ratios)
+        compare_ratios(ratios, device)
 
 
 def make_step(problem: Problem, way: str) -> Step:
@@ -89,8 +90,13 @@ def make_step(problem: Problem, way: str) -> Step:
 
 def take_turns(steps: list[Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every way in every round; two steps before them do not count."""
+    losses = {step.name: float(step.run()) for step in steps}
+    for way, loss in losses.items():
+        plain = losses.get("formula", loss)
+        if way != "bare" and abs(loss - plain) > 0.01 * plain:
+            raise SystemExit(f"the first loss of {way} is {loss}, that of the formulas {plain}: another step is timed")
     for step in steps:
-        step.run(), step.run()
+        step.run()
     seconds: dict[str, list[float]] = {step.name: [] for step in steps}
     for _ in range(rounds):
         for step in steps:

@@ -54,7 +54,9 @@ def settings_of(method: str, row: Row) -> Settings | None:
     activations = None if activation_bits == 16 else ActivationSpec(activation_bits)
     scheme = Scheme(WeightSpec(weight_bits, row["group_size"]), activations)
     settings = METHODS[method].settings(Case(scheme, row["model"].partition("-")[0]))
-    return None if isinstance(settings, str) else settings
+    if isinstance(settings, str):
+        return None
+    return settings | ({"trainer.precision": "bf16-mixed"} if method == "best" else {})
 
 
 def paper(row: Row) -> Settings:

@@ -19,35 +19,33 @@ PATH = Path(__file__).with_name("ratios.json")
 TOLERANCE = 0.15
 
 
-def store_ratios(ratios: Mapping[str, float]) -> None:
-    """Adds ratios, higher is better, to those that are stored of this kind of machine."""
-    stored = _read()
-    origin = {
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-        "torch": torch.__version__,
-    }
+def store_ratios(ratios: Mapping[str, float], device: torch.device, folder: str | None) -> None:
+    """Adds ratios, higher is better, to those that are stored of this kind of device; a folder is not named."""
+    stored, machine = _read(), _machine(device)
+    command = shlex.join(["python", *("FOLDER" if each == folder else each for each in sys.argv)])
+    origin = {"date": date.today().isoformat(), "command": command, "torch": torch.__version__}
     entries = {name: {"ratio": round(ratio, 3), **origin} for name, ratio in ratios.items()}
-    stored[machine()] = stored.get(machine(), {}) | entries
+    stored[machine] = stored.get(machine, {}) | entries
     PATH.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
 
 
-def compare_ratios(ratios: Mapping[str, float]) -> None:
-    """Warns of every ratio that has dropped by more than 15 % of the stored one; other machines say nothing."""
-    stored = _read().get(machine(), {})
+def compare_ratios(ratios: Mapping[str, float], device: torch.device) -> None:
+    """Warns of every ratio that has dropped by more than 15 % of the stored one; other devices say nothing."""
+    machine = _machine(device)
+    stored = _read().get(machine, {})
     for name, ratio in ratios.items():
         if name not in stored:
-            print(f"{name}: {ratio:.2f}, nothing is stored of {machine()}")
+            print(f"{name}: {ratio:.2f}, nothing is stored of {machine}")
         elif ratio < (1 - TOLERANCE) * stored[name]["ratio"]:
             print(f"warning: {name}: {ratio:.2f}, was {stored[name]['ratio']:.2f} on {stored[name]['date']}")
         else:
             print(f"{name}: {ratio:.2f}, was {stored[name]['ratio']:.2f}")
 
 
-def machine() -> str:
-    """The kind of machine: its processor, or its GPU, and what vectors it has."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _machine(device: torch.device) -> str:
+    """The kind of device: the GPU's name, or the processor's kind and its vectors."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 

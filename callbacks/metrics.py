@@ -101,6 +101,7 @@ class MetricsCallback(CalibrationCallback):
     def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
         self._evaluate(trainer, model, "round_to_nearest")  # what it tells is of use now: the first block came sooner
+        self._write(trainer)
         self._evaluate(trainer, model, "quantized")
         self._write(trainer)
 

@@ -103,6 +103,7 @@ class ProgressCallback(CalibrationCallback):
 
     @override
     def on_stitching_start(self, trainer: Trainer, blocks: int) -> None:
+        self._done = self._count  # also what was finished before an interruption
         self._count += blocks
         self._progress.update(self._blocks, total=self._count)
         self._say(f"stitching: {blocks} blocks once more, on what those in front of them give")

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from omniquant_pl.compiling import are_close, compiled
+from omniquant_pl.compiling import compiled, differing_kinds
 from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.memory import make_room
@@ -59,7 +60,8 @@ class BlockModule(LightningModule):
         self.parts = 1
         self.weight: Callable[[int, int], float] = lambda number, samples: 1.0
         self._weight = 1.0
-        self._is_compiled = self._is_unchecked = learning.compile
+        self._is_compiled = learning.compile
+        self._checked: set[tuple[int, int]] = set()
         self._batch: Sequence[Tensor] = ()
         self.epoch_losses: list[float] = []
         self._loss_sum = self._resumed_sum = torch.zeros(())
@@ -125,8 +127,7 @@ class BlockModule(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         while True:
             try:
-                if self._is_unchecked:
-                    self._check_compiled(parameters)
+                self._check_compiled(parameters)
                 return loss_in_parts(self.loss, self._batch, parameters, self.parts) * self._weight
             except torch.OutOfMemoryError as error:
                 message = str(error)
@@ -135,22 +136,28 @@ class BlockModule(LightningModule):
     def _check_compiled(self, parameters: Sequence[nn.Parameter]) -> None:
         """Compares the first compiled gradients with plain ones, and goes on without compiling if they differ.
 
-        Compilers have errors, and a wrong gradient would only be seen in the perplexity.
+        Compilers have errors, and a wrong gradient would only be seen in the perplexity. Every size of a batch has
+        compiled code of its own.
         """
-        found = []
-        for self._is_compiled in (False, True):
-            loss = loss_in_parts(self.loss, self._batch, parameters, self.parts)
-            found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
-        self._is_unchecked = False
+        size = (len(self._batch[0]), self.parts)
+        if not self._is_compiled or size in self._checked:
+            return
         kinds = [name.rpartition(".")[2] for name, parameter in self.named_parameters() if parameter.requires_grad]
-        of_kinds = [
-            [[g for g, other in zip(each, kinds, strict=True) if other == kind] for each in found]
-            for kind in set(kinds)
-        ]
-        if not all(are_close(*pair) for pair in of_kinds):
+        self._is_compiled = False
+        plain = self._gradients(parameters)
+        self._is_compiled = True
+        try:
+            reason = "gives other gradients" if differing_kinds(plain, self._gradients(parameters), kinds) else None
+        except (TorchDynamoException, torch.OutOfMemoryError) as error:
+            reason = f"does not work ({str(error).strip().splitlines()[0]})"
+        self._checked.add(size)
+        if reason is not None:
             self._is_compiled = False
-            message = "block %d: torch.compile makes other gradients of it than plain steps; it learns by plain ones"
-            _log.warning(message, self.index)
+            _log.warning("block %d: torch.compile %s; the block learns by plain steps", self.index, reason)
+
+    def _gradients(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+        loss = loss_in_parts(self.loss, self._batch, parameters, self.parts)
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _take_more_parts(self, message: str) -> None:
         samples = len(self._batch[0])
@@ -187,12 +194,14 @@ class BlockModule(LightningModule):
             "loss_sum": self._mean_of_processes(self._loss_sum.detach()).cpu(),
             "loss_count": self._loss_count,
         }
+        checkpoint["compiled"] = self._is_compiled
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         epoch = checkpoint["epoch"]
         self.epoch_losses = list(epoch["losses"])
         self._resumed_sum, self._loss_count = epoch["loss_sum"], epoch["loss_count"]
+        self._is_compiled = checkpoint.get("compiled", self._is_compiled)
 
     def _mean_of_processes(self, value: Tensor) -> Tensor:
         return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ParamSpec, TypeVar
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["are_close", "compiled", "refuse_without_compiler"]
+__all__ = ["compiled", "differing_kinds", "refuse_without_compiler"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _TOLERANCE = 0.1
 """Of the norm: where activations are quantized, values at the border of two codes make up to 0.02."""
-_CPU_COMPILERS = ("g++", "clang++", "c++")
+_CPU_COMPILER = "clang++" if sys.platform == "darwin" else "g++"
+"""What ``torch.compile`` takes where ``CXX`` says nothing."""
 
 
 @cache
@@ -30,17 +32,23 @@ def compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return torch.compile(function, dynamic=False)
 
 
-def are_close(plain: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
-    """Whether gradients, taken together, are the same but for rounding."""
-    distance = norm = 0.0
-    for one, two in zip(plain, other, strict=True):
-        if one is None or two is None:
-            if one is not two:
-                return False
-            continue
-        distance += float((one - two).double().square().sum())
-        norm += float(one.double().square().sum())
-    return distance <= _TOLERANCE**2 * norm  # false also of what is not a number
+def differing_kinds(plain: Sequence[Tensor | None], other: Sequence[Tensor | None], kinds: Sequence[str]) -> list[str]:
+    """Returns the kinds of gradients that are not the same but for rounding, all of a kind taken together.
+
+    Args:
+        plain: Gradients; ``None`` of what has none.
+        other: The same, computed otherwise.
+        kinds: What each of them belongs to.
+    """
+    distances, norms = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+    for one, two, kind in zip(plain, other, kinds, strict=True):
+        if one is not None and two is not None and bool(torch.isfinite(one).all()):
+            distances[kind] += float(torch.linalg.vector_norm(one - two)) ** 2
+            norms[kind] += float(torch.linalg.vector_norm(one)) ** 2
+        elif one is not two and (one is None or two is None):
+            distances[kind] = torch.inf
+    # Not "greater": a distance that is not a number counts as well.
+    return [kind for kind, distance in distances.items() if not distance <= _TOLERANCE**2 * norms[kind]]
 
 
 def refuse_without_compiler(device: torch.device) -> None:
@@ -51,8 +59,8 @@ def refuse_without_compiler(device: torch.device) -> None:
     """
     if device.type == "cpu":
         asked = os.environ.get("CXX")
-        if not any(shutil.which(name) for name in ([asked] if asked else _CPU_COMPILERS)):
-            wanted = f"CXX={asked} is not found" if asked else f"none of {', '.join(_CPU_COMPILERS)} is found"
+        if shutil.which(asked or _CPU_COMPILER) is None:
+            wanted = f"CXX={asked} is not found" if asked else f"{_CPU_COMPILER} is not found"
             raise ConfigurationError(
                 "model.compile", f"it needs a C++ compiler, and {wanted}; install one, or say false"
             )

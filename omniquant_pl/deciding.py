@@ -32,9 +32,21 @@ def differing_settings(saved: Mapping[str, Any], config: Mapping[str, Any]) -> l
     sections = [f"{section}.{key}" for section in ("model", "data") for key in config[section]]
     trainer = [f"trainer.{key}" for key in (*DECIDING_TRAINER_KEYS, "callbacks")]
     keys = [key for key in ("seed_everything", *sections, *trainer) if key not in _NOT_DECIDING]
-    # An option that the run did not know yet was off.
-    differing = [key for key in keys if (_value(saved, key) or None) != (_value(config, key) or None)]
-    return differing + ([] if _segments(saved) == _segments(config) else ["trainer.strategy"])
+    differing = [key for key in keys if _value(saved, key) != _value(config, key) and not _is_new(saved, config, key)]
+    return differing + ([] if _are_same_segments(_segments(saved), _segments(config)) else ["trainer.strategy"])
+
+
+def _is_new(saved: Mapping[str, Any], config: Mapping[str, Any], key: str) -> bool:
+    """Whether an option that the run did not know yet is off, as it was."""
+    section, _, name = key.partition(".")
+    return bool(name) and name not in (saved.get(section) or {}) and not _value(config, key)
+
+
+def _are_same_segments(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
+    """No number stands for that of the processes, which the fingerprint knows."""
+    if one is None or other is None:
+        return one is other
+    return one[1:] == other[1:] and (one[0] == other[0] or None in (one[0], other[0]))
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

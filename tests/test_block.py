@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -298,12 +299,14 @@ class TestCompiledSteps:
         # A value at the border between two codes may fall to the other side.
         assert all(distance <= 2e-2 * norm for norm, distance in norms)
 
-    @pytest.mark.parametrize("factor", [1.0, 2.0, math.nan])
+    @pytest.mark.parametrize("factor", [1.0, 2.0, math.nan, None])
     def test_that_are_wrong_are_found(
-        self, folder: Path, factor: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, folder: Path, factor: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def broken(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def run(block: QuantizedBlock, hidden: Tensor) -> Tensor:
+                if factor is None:
+                    raise TorchDynamoException("no compiler")
                 output = forward(block, hidden)
                 return output + (factor - 1) * (output - output.detach())  # other gradients
 
@@ -323,6 +326,11 @@ class TestCompiledSteps:
         plain.loss((hidden, target)).backward()
         torch.testing.assert_close({name: each.grad for name, each in plain.named_parameters()}, gradients)
         assert [record.levelname for record in caplog.records] == ([] if factor == 1.0 else ["WARNING"])
+        checkpoint: dict[str, Any] = {"epoch": {"losses": [], "loss_sum": torch.zeros(()), "loss_count": 0}}
+        checkpoint["compiled"] = factor == 1.0
+        resumed = learner(model, block)
+        resumed.on_load_checkpoint(checkpoint)
+        assert resumed._is_compiled is module._is_compiled is (factor == 1.0)
 
     def test_are_compiled_once_for_blocks_that_are_alike(self, folder: Path) -> None:
         torch.compiler.reset()

@@ -22,6 +22,7 @@ from kept_blocks import KeepBlocks
 from omniquant_pl.block import BlockModule
 from omniquant_pl.callbacks import FoldCallback, MetricsCallback, NumericsGuard
 from omniquant_pl.data import CalibrationData
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quantized_block import QuantizedBlock
@@ -571,3 +572,8 @@ def test_blocks_come_back_to_the_device_after_a_fit(
 
     fit(OmniQuantModel(str(make_llama(num_hidden_layers=3)), **settings), [Ended()], {"samples": 1}, max_epochs=1)
     assert ended  # there were fits to end
+
+
+def test_mixtures_are_not_compiled(calibrate: Callable[..., RunFolder]) -> None:
+    with pytest.raises(ConfigurationError, match=r"^model\.compile: experts get another number of tokens"):
+        calibrate("compiled", compile=True)

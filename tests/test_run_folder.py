@@ -130,6 +130,7 @@ class TestOtherSettings:
         [
             ({"segments": 2}, {"segments": 2, "process_group_backend": "gloo"}, True),
             ({"segments": 2}, {"segments": 4}, False),
+            ({"segments": None}, {"segments": 4}, True),
             ({"segments": 2, "stitch_epochs": 5}, {"segments": 2, "stitch_epochs": 0}, False),
             ({"stitch_epochs": 0, "stitch_blocks": 1}, {"stitch_epochs": 0, "stitch_blocks": 2}, True),
             ({"stitch_epochs": 1, "stitch_blocks": 1}, {"stitch_epochs": 1, "stitch_blocks": 2}, False),

@@ -397,3 +397,16 @@ def test_slow_products_are_said(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     warn_of_slow_products(precision, torch.device(device))
     assert bool(caplog.records) is warns
+
+
+def test_compiled_steps_learn_the_same(fit: Callable[..., SequentialTrainer], llama: Path, tmp_path: Path) -> None:
+    for name, compiles in (("plain", False), ("compiled", True)):
+        fit(
+            OmniQuantModel(str(llama), WeightSpec(3), compile=compiles),
+            [],
+            default_root_dir=tmp_path / name,
+            max_epochs=2,
+        )
+    for path in sorted((tmp_path / "plain" / "blocks").iterdir()):
+        plain, compiled = load_file(path), load_file(tmp_path / "compiled" / "blocks" / path.name)
+        assert all((factor - compiled[name]).norm() < 1e-2 * factor.norm() for name, factor in plain.items())

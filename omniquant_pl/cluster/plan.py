@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from omniquant_pl.distributed import balanced_segments
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["BlockTimes", "Job", "Plan", "plan"]
-
-_Number = TypeVar("_Number", int, float)
 
 _PASSES = 4
 """Passes over the samples without gradients: target, initial loss, output, and that of round-to-nearest."""
@@ -109,6 +106,9 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
     if job.batch_size % share:
         message = f"{job.batch_size} samples of a step cannot be shared out among the {share} processes of a segment"
         raise ConfigurationError("data.batch_size", f"{message}; take a multiple, or more segments")
+    if segments > 1 and job.samples % size:
+        message = f"{job.samples} samples cannot be shared out evenly among {size} processes; take a multiple of {size}"
+        raise ConfigurationError("data.samples", message)
     parts = balanced_segments(job.costs, segments)
     blocks = [_seconds(job, times, cost, share) for cost in job.costs]
     alone = sum(_seconds(job, times, cost, 1) for cost in job.costs)
@@ -125,14 +125,14 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
         hours_of_inputs=inputs / 3600,
         hours_of_one_device=alone / 3600,
         efficiency=alone / (size * total),
-        device_memory=_memory(job, share),
-        host_memory=devices * (_memory(job, share) + _OVERHEAD),
+        device_memory=_memory(job, share, in_turn),
+        host_memory=devices * (_memory(job, share, in_turn) + _OVERHEAD),
         disk=4 * (sum(job.costs) + job.other_weights + len(job.costs) * job.factors),
-        network=_sent(job, segments - in_turn, size, share, _longest([len(part) for part in parts], in_turn)),
+        network=_sent(job, segments - in_turn, size, share, max(map(len, parts))),
     )
 
 
-def _longest(segments: Sequence[_Number], in_turn: int) -> _Number:
+def _longest(segments: Sequence[float], in_turn: int) -> float:
     """Of the process that takes longest; each has so many consecutive segments."""
     return max(sum(segments[first : first + in_turn]) for first in range(0, len(segments), in_turn))
 
@@ -157,10 +157,10 @@ def _stitch_seconds(job: Job, times: BlockTimes, blocks: range, share: int) -> f
     return learned + sum(_seconds(job, times, job.costs[index], share, 0) for index in blocks[count:])
 
 
-def _memory(job: Job, share: int) -> int:
-    """Streams of a process, and its block while it learns."""
+def _memory(job: Job, share: int, in_turn: int) -> int:
+    """Streams of a process, the inputs of all its segments among them, and its block while it learns."""
     numbers = job.samples // share * job.tokens * job.channels
-    return (4 + job.window + 2) * numbers * job.stream_bytes + _COPIES * 4 * job.window * max(job.costs)
+    return (4 + job.window + 2 * in_turn) * numbers * job.stream_bytes + _COPIES * 4 * job.window * max(job.costs)
 
 
 def _sent(job: Job, others: int, size: int, share: int, blocks: int) -> int:

@@ -14,6 +14,7 @@ from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.trainer.refusals import refuse_compiling
 from omniquant_pl.trainer.run import RunTrainer
 from omniquant_pl.trainer.segmented import block_costs
 
@@ -94,6 +95,7 @@ def _job(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationDat
 
 def _measured(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationData) -> tuple[BlockTimes, Job]:
     tokens: Tensor = trainer.prepare(model, data)
+    refuse_compiling(model, data, trainer.strategy.root_device, trainer.group)
     source, costs = model.source, block_costs(model)
     costliest = costs.index(max(costs))
     times, factors = measured_times(model, tokens, data.batch_size, costliest, trainer.engine(model, tokens))

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from omniquant_pl.compiling import refuse_without_compiler
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import (
     BlockParallelStrategy,
@@ -26,6 +27,7 @@ from omniquant_pl.model import OmniQuantModel
 
 __all__ = [
     "chosen_strategy",
+    "refuse_compiling",
     "refuse_options",
     "refuse_segments",
     "refuse_settings",
@@ -150,15 +152,26 @@ def refuse_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, samp
 
 
 def warn_of_slow_products(precision: str | int, device: torch.device) -> None:
-    """Says that an x86 processor without instructions for bfloat16 multiplies it far more slowly than float32."""
+    """Says that an x86 processor without AVX-512 multiplies bfloat16 far more slowly than float32."""
     if device.type != "cpu" or not str(precision).startswith("bf16") or platform.machine() not in ("x86_64", "AMD64"):
         return
     vectors = torch.backends.cpu.get_cpu_capability()
     if not vectors.startswith("AVX512"):
-        message = (
-            "trainer.precision: this processor (%s) has no bfloat16 instructions, and 32-true is many times faster"
-        )
+        message = "trainer.precision: this processor (%s) multiplies float32 faster than bfloat16; take 32-true here"
         _log.warning(message, vectors)
+
+
+def refuse_compiling(model: OmniQuantModel, data: CalibrationData, device: torch.device, group: Group) -> None:
+    """Refuses compiled steps where they cannot work, or would be compiled over and over."""
+    if not model.learning.compile:
+        return
+    refuse_without_compiler(device)
+    if any(layout.experts is not None for layout in model.source.layouts):
+        message = "experts get another number of tokens at every step, each of which would be compiled; say false"
+        raise ConfigurationError("model.compile", message)
+    if group.size > 1 and data.shuffle and data.batch_size > 1:
+        message = "shares of shuffled steps differ in size, each of which would be compiled; say false"
+        raise ConfigurationError("model.compile", f"{message}, or data.shuffle false")
 
 
 def _refuse_precision(precision: str | int | None) -> None:

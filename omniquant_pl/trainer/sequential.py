@@ -22,7 +22,6 @@ from omniquant_pl.activations import BatchOrder, Storage, StreamBatches, Streams
 from omniquant_pl.block import BlockModule
 from omniquant_pl.calibration import Calibration, Engine
 from omniquant_pl.checkpoint.guarded import load_latest
-from omniquant_pl.compiling import refuse_without_compiler
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.deciding import DECIDING_TRAINER_KEYS
 from omniquant_pl.distributed import (
@@ -42,7 +41,13 @@ from omniquant_pl.trainer.comparing import compare_methods
 from omniquant_pl.trainer.exporting import export_run
 from omniquant_pl.trainer.generating import generate_text
 from omniquant_pl.trainer.planning import plan_run
-from omniquant_pl.trainer.refusals import refuse_segments, refuse_settings, refuse_shares, warn_of_slow_products
+from omniquant_pl.trainer.refusals import (
+    refuse_compiling,
+    refuse_segments,
+    refuse_settings,
+    refuse_shares,
+    warn_of_slow_products,
+)
 from omniquant_pl.trainer.run import RunTrainer, seed
 from omniquant_pl.trainer.segmented import SegmentedCalibration, segment_settings
 from omniquant_pl.trainer.testing import measure_run
@@ -104,10 +109,10 @@ class SequentialTrainer(RunTrainer):
         with Watch(self.group.rank, self.group.size).watching(), self.interruption.listening():
             with self.group.together():
                 checkpoint = self._checkpoint_of(ckpt_path)
-                if model.learning.compile:
-                    refuse_without_compiler(self.strategy.root_device)
                 warn_of_slow_products(self.precision, self.strategy.root_device)
                 tokens = self.prepare(model, datamodule)
+                data_group = self.strategy.mesh.data if isinstance(self.strategy, GroupStrategy) else self.group
+                refuse_compiling(model, datamodule, self.strategy.root_device, data_group)
                 self._refuse_shares(model, datamodule, len(tokens))
                 self.fingerprint = fingerprint(self._settings(model, datamodule), model.source.folder, tokens)
                 self.announce("on_ready", model)

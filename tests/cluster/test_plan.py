@@ -59,11 +59,20 @@ def test_more_segments_than_processes_are_calibrated_in_turn() -> None:
     assert (found.segments, found.processes_per_segment, found.longest_segment) == (4, 1, 2)
     assert math.isclose(found.hours * 3600, inputs + 4 * BLOCK)
     assert found.network == 16 * 32 * 4 * 4 // 2 * 2  # bytes of half of the samples, for the two of the other process
+    fewer = plan(JOB, TIMES, devices=2, nodes=1, segments=2)
+    assert found.device_memory - fewer.device_memory == 2 * 16 * 32 * 4 * 4  # the inputs of one segment more
 
 
 @pytest.mark.parametrize(
     ("devices", "segments", "key"),
-    [(0, None, "devices"), (3, 2, "segments"), (2, 0, "segments"), (2, 3, "segments"), (8, 1, "data.batch_size")],
+    [
+        (0, None, "devices"),
+        (3, 2, "segments"),
+        (2, 0, "segments"),
+        (2, 3, "segments"),
+        (3, None, "data.samples"),
+        (8, 1, "data.batch_size"),
+    ],
 )
 def test_what_cannot_be_shared_out_is_refused(devices: int, segments: int | None, key: str) -> None:
     with pytest.raises(ConfigurationError) as caught:

@@ -153,3 +153,47 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
         with pytest.raises(ConfigurationError, match="no module pydoc_data"):
             builtin_text("train")
+
+
+NESTED = '''
+"""module"""
+if True:
+    class A:
+        """A"""
+        try:
+            def f(self):
+                """f"""
+        except* ValueError:
+            def g(self):
+                """g"""
+        else:
+            async def h(self):
+                """h"""
+        finally:
+            class B:
+                """B"""
+for _ in ():
+    def i():
+        """i"""
+else:
+    def j():
+        """j"""
+match 1:
+    case 1:
+        def k():
+            """k"""
+    case _:
+        with x as y, (lambda: 1)() as z:
+            def l(argument=lambda: [w for w in y]):
+                """l"""
+'''
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="except* is of Python 3.11")
+def test_docstrings_come_in_the_order_of_a_whole_walk(tmp_path: Path) -> None:
+    path = tmp_path / "nested.py"
+    path.write_text(NESTED)
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    expected = [ast.get_docstring(node) for node in ast.walk(ast.parse(NESTED)) if isinstance(node, kinds)]
+    assert list(builtin._docstrings(path)) == expected
+    assert sorted(expected) == ["A", "B", *"fghijkl", "module"]

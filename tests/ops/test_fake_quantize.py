@@ -135,9 +135,10 @@ def test_extremes_are_those_of_python(dtype: torch.dtype, x: Tensor) -> None:
     assert high_at == [row.index(max(row)) for row in rows]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("columns", [1, 7, 33, 1000])
-def test_extremes_of_a_row_with_a_nan(columns: int) -> None:
-    x = torch.arange(2.0 * columns).view(2, columns)
+def test_extremes_of_a_row_with_a_nan(columns: int, dtype: torch.dtype) -> None:
+    x = torch.arange(2.0 * columns, dtype=dtype).view(2, columns)
     x[1, columns // 2 :] = math.nan
     low, high, low_at, high_at = ops.row_extremes(x)
     assert (low[0].item(), high[0].item()) == (0, columns - 1)
@@ -255,10 +256,11 @@ def operator_cases(dtype: torch.dtype) -> list[tuple[object, tuple[object, ...]]
         (OPERATORS.fake_quantize_backward, (x, x, scale, zero_point, 0, 15)),
         (OPERATORS.dynamic_fake_quantize, (x, 4, False)),
         (OPERATORS.dynamic_fake_quantize_backward, (x, x, 4, True)),
+        (OPERATORS.row_extremes, (x,)),
     ]
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(index: int, dtype: torch.dtype) -> None:
     operator, arguments = operator_cases(dtype)[index]
