@@ -131,7 +131,7 @@ class GroupStrategy(DDPStrategy):
 
 
 class DataParallelStrategy(GroupStrategy):
-    """``ddp``: every process has a share of the samples of every step. Results are those of one process."""
+    """``ddp``: every process has a share of the samples of every step. Results are those of one but for rounding."""
 
 
 class BlockParallelStrategy(GroupStrategy):
