@@ -155,7 +155,7 @@ def moved(*folders: Path) -> str:
     for name, weight in one.items():
         found = re.search(r"\.layers\.(\d+)\..*proj\.weight$", name)
         if found:
-            # A step of four bits is 0.13 of the largest value or more, a rounded scale changes it by 0.001.
+            # A step of four bits is 0.06 of the largest value or more, a rounded scale changes it by 0.001.
             differing = (weight - two[name]).abs() > 0.02 * weight.abs().amax(1, keepdim=True)
             block = int(found[1])
             counts[block] = counts.get(block, 0) + int(differing.sum())

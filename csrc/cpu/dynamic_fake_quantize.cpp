@@ -1,28 +1,17 @@
 // Fake quantization of float32 rows on grids made from their own extremes.
 #include <cstdint>
-#include <limits>
 
 #include "grid.h"
 #include "multiversion.h"
 #include "omniquant.h"
+#include "row_range.h"
 
 using namespace omniquant;
 
 namespace {
 
-OMNIQUANT_INLINE Range row_range(const float *__restrict x, int64_t columns) {
-    float low = 0.0f;
-    float high = 0.0f;
-    int32_t nans = 0;
-#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : nans)
-    for (int64_t i = 0; i < columns; ++i) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-        nans |= static_cast<int32_t>(x[i] != x[i]);
-    }
-    const float nan = std::numeric_limits<float>::quiet_NaN();
-    return nans != 0 ? Range{nan, nan} : Range{low, high};
-}
+// The range of a dynamic grid contains zero.
+constexpr Range ZERO = {0.0f, 0.0f};
 
 // Writes the gradient of the elements themselves; gives the sums for that of the extremes.
 OMNIQUANT_INLINE RowSums pass_gradient(const float *__restrict grad, const float *__restrict x,
@@ -55,7 +44,7 @@ void omniquant_dynamic_fake_quantize(const float *x, float *out, int64_t columns
     for (int64_t row = begin; row < end; ++row) {
         const float *__restrict values = x + row * columns;
         float *__restrict results = out + row * columns;
-        const Range range = grid_range(row_range(values, columns), symmetric != 0);
+        const Range range = grid_range(row_range(values, columns, ZERO), symmetric != 0);
         const Grid grid = dynamic_grid(range, bits, symmetric != 0);
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) {
@@ -71,7 +60,7 @@ void omniquant_dynamic_fake_quantize_backward(const float *grad, const float *x,
     for (int64_t row = begin; row < end; ++row) {
         const float *__restrict values = x + row * columns;
         float *__restrict results = grad_x + row * columns;
-        const Range range = grid_range(row_range(values, columns), symmetric != 0);
+        const Range range = grid_range(row_range(values, columns, ZERO), symmetric != 0);
         const Grid grid = dynamic_grid(range, bits, symmetric != 0);
         const RowSums sums =
             pass_gradient(grad + row * columns, values, results, columns, range, grid);

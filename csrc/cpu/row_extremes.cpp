@@ -1,11 +1,12 @@
 // The extremes of float32 rows and where they stand, in one pass over memory: the second loop over
 // a row finds it in the cache.
 #include <cstdint>
-#include <limits>
 
-#include "inline.h"
 #include "multiversion.h"
 #include "omniquant.h"
+#include "row_range.h"
+
+using namespace omniquant;
 
 namespace {
 
@@ -36,23 +37,11 @@ void omniquant_row_extremes(const float *x, float *low, float *high, int64_t *lo
     const auto count = static_cast<int32_t>(columns);
     for (int64_t row = begin; row < end; ++row) {
         const float *__restrict values = x + row * columns;
-        float lowest = values[0];
-        float highest = values[0];
-        int32_t nans = 0;
-#pragma omp simd reduction(min : lowest) reduction(max : highest) reduction(| : nans)
-        for (int32_t i = 0; i < count; ++i) {
-            lowest = values[i] < lowest ? values[i] : lowest;
-            highest = values[i] > highest ? values[i] : highest;
-            nans |= static_cast<int32_t>(values[i] != values[i]);
-        }
-        if (nans != 0) {
-            low[row] = high[row] = std::numeric_limits<float>::quiet_NaN();
-            low_at[row] = high_at[row] = first_nan(values);
-            continue;
-        }
-        low[row] = lowest;
-        high[row] = highest;
-        low_at[row] = first_of(values, count, lowest);
-        high_at[row] = first_of(values, count, highest);
+        const Range range = row_range(values, columns, {values[0], values[0]});
+        const bool has_nan = range.low != range.low;
+        low[row] = range.low;
+        high[row] = range.high;
+        low_at[row] = has_nan ? first_nan(values) : first_of(values, count, range.low);
+        high_at[row] = has_nan ? low_at[row] : first_of(values, count, range.high);
     }
 }

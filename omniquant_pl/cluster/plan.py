@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omniquant_pl.distributed import balanced_segments
+from omniquant_pl.distributed import balanced_segments, share_out
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["BlockTimes", "Job", "Plan", "plan"]
@@ -99,10 +99,7 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
         segments = max(count for count in range(1, size + 1) if size % count == 0 and count <= len(job.costs))
     if segments < 1:
         raise ConfigurationError("segments", f"{segments} is not a positive number")
-    if size % segments and segments % size:
-        message = f"{segments} segments cannot be shared out among {size} processes evenly; one must divide the other"
-        raise ConfigurationError("segments", message)
-    share, in_turn = max(1, size // segments), max(1, segments // size)
+    share, in_turn = share_out(segments, size, "segments")
     if job.batch_size % share:
         message = f"{job.batch_size} samples of a step cannot be shared out among the {share} processes of a segment"
         raise ConfigurationError("data.batch_size", f"{message}; take a multiple, or more segments")

@@ -4,7 +4,7 @@ from omniquant_pl.distributed.agreement import refuse_differing, refuse_separate
 from omniquant_pl.distributed.group import FailedElsewhereError, Group
 from omniquant_pl.distributed.logs import mark_logs
 from omniquant_pl.distributed.mesh import Mesh
-from omniquant_pl.distributed.segments import balanced_segments
+from omniquant_pl.distributed.segments import balanced_segments, share_out
 from omniquant_pl.distributed.statistics import add_moments, join_ranges, join_samples
 from omniquant_pl.distributed.strategy import BlockParallelStrategy, DataParallelStrategy, GroupStrategy
 from omniquant_pl.distributed.watch import Watch
@@ -25,4 +25,5 @@ __all__ = [
     "refuse_differing",
     "refuse_separate_folders",
     "refuse_unequal",
+    "share_out",
 ]

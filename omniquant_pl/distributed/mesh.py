@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from omniquant_pl.distributed.group import Group
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.distributed.segments import share_out
 
 __all__ = ["Mesh"]
 
@@ -41,18 +41,12 @@ class Mesh:
             ConfigurationError: If the processes cannot be shared out evenly.
         """
         rank, size = dist.get_rank(), dist.get_world_size()
-        rows = size if segments is None else min(segments, size)
-        columns, rest = divmod(size, rows)
-        if rest or (segments is not None and segments % rows):
-            message = (
-                f"{segments} segments cannot be shared out evenly among {size} processes; one must divide the other"
-            )
-            raise ConfigurationError("trainer.strategy.segments", message)
+        columns, _ = share_out(size if segments is None else segments, size)
         row, column = divmod(rank, columns)
         world = _connect([list(range(size))])
         data = _connect([list(range(first, first + columns)) for first in range(0, size, columns)])
         others = _connect([list(range(first, size, columns)) for first in range(columns)])
-        return cls(Group(rank, size, world), Group(column, columns, data), Group(row, rows, others))
+        return cls(Group(rank, size, world), Group(column, columns, data), Group(row, size // columns, others))
 
 
 def _connect(groups: list[list[int]]) -> dist.ProcessGroup | None:

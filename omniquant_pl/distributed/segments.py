@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["balanced_segments"]
+__all__ = ["balanced_segments", "share_out"]
 
 
 def balanced_segments(costs: Sequence[int], count: int) -> list[range]:
@@ -38,3 +38,22 @@ def balanced_segments(costs: Sequence[int], count: int) -> list[range]:
         }
     starts = best[len(costs)][1]
     return [range(start, end) for start, end in zip(starts, [*starts[1:], len(costs)], strict=True)]
+
+
+def share_out(segments: int, processes: int, key: str = "trainer.strategy.segments") -> tuple[int, int]:
+    """Returns how many processes share the samples of a segment, and how many segments each calibrates in turn.
+
+    Args:
+        segments: Number of segments.
+        processes: Number of processes.
+        key: The setting that the segments are from.
+
+    Raises:
+        ConfigurationError: If neither number divides the other.
+    """
+    if processes % segments and segments % processes:
+        message = (
+            f"{segments} segments cannot be shared out evenly among {processes} processes; one must divide the other"
+        )
+        raise ConfigurationError(key, message)
+    return max(1, processes // segments), max(1, segments // processes)

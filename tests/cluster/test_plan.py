@@ -106,8 +106,13 @@ def test_the_command_estimates_without_weights(
 
 
 def test_the_command_measures_and_estimates(
-    llama: Path, token_files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama: Path,
+    token_files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # Lightning sets it in a process that has launched others
     calibration, evaluation = token_files
     command = [
         "plan",
