@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import save_random_llama
 
 from omniquant_pl.cli import quieten, run
 
@@ -38,8 +38,8 @@ SETTINGS = {
 
 def make_inputs(folder: Path) -> None:
     """Writes a random LLaMA and tokens."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    save_random_llama(
+        folder / "model",
         hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -48,7 +48,6 @@ def make_inputs(folder: Path) -> None:
         max_position_embeddings=64,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 128, (16, 32)))
 
 

@@ -7,13 +7,14 @@
 ``quality`` calibrates the reference models in order and in 2 and 4 segments, with and without stitching, by the
 presets' settings but for ``--epochs``. One process calibrates all segments in turn: the factors are those of several
 processes, byte for byte (``tests/distributed/test_processes.py``). ``equal`` compares two data-parallel processes
-with one on the embedded model. ``speed`` times a model of equal blocks in one segment and in two, one thread a process,
-in alternation. Finished runs are not repeated.
+with one on the embedded model, samples of a step computed together and alone. ``speed`` times a model of equal blocks
+in one segment and in two, one thread a process, in alternation. Finished runs are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -26,9 +27,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
+from random_llama import save_random_llama
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 SCHEMES = ("w4a16", "w3a16", "w4a4")
@@ -98,10 +98,8 @@ def quality(arguments: argparse.Namespace) -> None:
 
 def make_model(folder: Path, blocks: int, hidden: int) -> None:
     """Writes a random model of equal blocks."""
-    if folder.is_dir():
-        return
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    save_random_llama(
+        folder,
         vocab_size=512,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -109,7 +107,6 @@ def make_model(folder: Path, blocks: int, hidden: int) -> None:
         num_attention_heads=hidden // 64,
         max_position_embeddings=512,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def random_data(arguments: argparse.Namespace, samples: int, tokens: int, windows: int) -> dict[str, Any]:
@@ -128,14 +125,18 @@ def random_data(arguments: argparse.Namespace, samples: int, tokens: int, window
 def equal(arguments: argparse.Namespace) -> None:
     """Prints the largest relative difference of the factors of each block, and the metrics of both."""
     common: dict[str, Any] = {"data.batch_size": 4, "data.samples": 32, "trainer.max_epochs": arguments.epochs}
-    columns = ("scheme", "difference of the factors, by block", "codes that differ", "perplexity, 1 process", "2")
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for scheme in SCHEMES:
-        folders = [arguments.runs / f"equal-{scheme}-{count}" for count in (1, 2)]
+    columns = ("difference of the factors, by block", "codes that differ", "perplexity, 1 process", "2", "s, 1", "2")
+    print("| scheme | at once | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
+    for scheme, at_once in itertools.product(SCHEMES, (None, 1)):
+        common["data.micro_batch_size"] = at_once
+        folders = [arguments.runs / f"equal-{scheme}-{at_once}-{count}" for count in (1, 2)]
         fit(folders[0], f"{scheme}.yaml", common)
         fit(folders[1], f"{scheme}.yaml", common | {"trainer.strategy": "ddp", "trainer.devices": 2})
-        one, two = (metrics(folder)["perplexity"]["builtin"]["quantized"] for folder in folders)
-        print(f"| {scheme} | {differences(*folders)} | {moved(*folders)} | {one:.7f} | {two:.7f} |", flush=True)
+        found = [metrics(folder) for folder in folders]
+        cells = [scheme, at_once or "all", differences(*folders), moved(*folders)]
+        cells += [f"{each['perplexity']['builtin']['quantized']:.7f}" for each in found]
+        cells += [f"{each['seconds']['calibration']:.0f}" for each in found]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def differences(*folders: Path) -> str:

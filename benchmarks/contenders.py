@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 from formula import FormulaBlock, Shape
+from random_llama import save_random_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 from omniquant_pl.block import BlockModule
 from omniquant_pl.model import OmniQuantModel
@@ -166,8 +167,8 @@ def _open(path: str, scheme: Scheme) -> OmniQuantModel:
 
 
 def _random_model(folder: Path, shape: Shape) -> str:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    path = save_random_llama(
+        folder / "model",
         vocab_size=64,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -176,5 +177,4 @@ def _random_model(folder: Path, shape: Shape) -> str:
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.tokens,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return str(path)

@@ -57,6 +57,7 @@ def fit(model: Path, data: dict[str, object], folder: Path, *flags: str) -> list
         f"--model.path={model}",
         *(f"--{key}={value}" for key, value in data.items()),
         "--data.batch_size=2",
+        "--data.micro_batch_size=1",
         "--trainer.max_epochs=10",
         "--trainer.accelerator=cpu",
         "--checkpoint.every_n_steps=20",

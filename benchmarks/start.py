@@ -1,9 +1,11 @@
 """Seconds from the start of ``train.py fit`` on the embedded model to the end of its first step, and those of imports.
 
-    python benchmarks/start.py
+    python benchmarks/start.py --threads 1
+    python benchmarks/start.py --threads 2
 
-One thread. The imports are those of the command line, next to torch, transformers and lightning alone; all of them in
-turn, each in a process of its own. The files are in the cache of the system from a run that does not count.
+The imports are those of the command line, next to torch, transformers and lightning alone; all of them in turn, each in
+a process of its own. A run that does not count comes first: it leaves the files in the cache of the system, and the
+tokens of the text in that of the package.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ os._exit(1)
 """
 
 
-def seconds(code: str, *arguments: str) -> float:
+def seconds(threads: int, code: str, *arguments: str) -> float:
     """Of a process that runs Python code."""
     started = time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
@@ -52,16 +54,14 @@ def main() -> None:
     """Measures in turn and prints medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
     found: dict[str, list[float]] = {"libraries": [], "command line": [], "first step": []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds + 1):
+        for number in range(arguments.rounds + 1):
             fit = ("fit", "--config=w4a4.yaml", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}/run")
-            new = (
-                seconds(LIBRARIES),
-                seconds("import omniquant_pl.cli"),
-                seconds(FIRST_STEP, *fit),
-            )
+            codes = ((LIBRARIES,), ("import omniquant_pl.cli",), (FIRST_STEP, *fit))
+            new = [seconds(arguments.threads, *code) for code in codes]
             for values, value in zip(found.values(), new, strict=True):
                 values.extend([value] if number else [])
     libraries, imports, first = (median(values) for values in found.values())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,14 +17,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from omniquant_pl.compiling import compiled, differing_kinds
+from omniquant_pl.distributed import Group, add_gradients
 from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.memory import make_room
-from omniquant_pl.parts import loss_in_parts
+from omniquant_pl.parts import gradients_in_parts, with_gradients
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import LearningSpec
 
 __all__ = ["BlockModule"]
+
+_Gradients: TypeAlias = tuple[Tensor, list[Tensor | None]]
+"""A loss, and its gradients by parameter."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,9 +46,11 @@ class BlockModule(LightningModule):
             Kullback-Leibler divergence of the predicted tokens, ``KL(p_fp || p_q)``, mean over tokens.
 
     Attributes:
-        parts: Parts that a batch is taken in, since it did not fit into memory at once; gradients are the same.
+        at_once: Samples computed at once; ``None`` for all of a batch. It falls if they do not fit into memory.
+        is_exact: Whether gradients are added up in float64, so that their order makes no difference.
         steps: Optimizer steps that the schedule is spread over; set before the fit.
-        weight: What the mean over this process's samples of a batch counts, by the batch's position and their number.
+        group: The processes that have the other samples of a batch.
+        samples_of: Returns how many samples a batch has in all processes, by its position; ``None`` if there is one.
     """
 
     def __init__(
@@ -57,11 +64,12 @@ class BlockModule(LightningModule):
         self.blocks = nn.ModuleList(blocks)
         self.learning = learning
         self.steps = 0
-        self.parts = 1
-        self.weight: Callable[[int, int], float] = lambda number, samples: 1.0
-        self._weight = 1.0
+        self.at_once: int | None = None
+        self.is_exact = False
+        self.group = Group()
+        self.samples_of: Callable[[int], int] | None = None
         self._is_compiled = learning.compile
-        self._checked: set[tuple[int, int]] = set()
+        self._checked: set[tuple[int, int | None]] = set()
         self._batch: Sequence[Tensor] = ()
         self.epoch_losses: list[float] = []
         self._loss_sum = self._resumed_sum = torch.zeros(())
@@ -102,36 +110,34 @@ class BlockModule(LightningModule):
         self._head = None
 
     @override
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``.
 
-        Of a batch whose samples are all in other processes there is none.
+        The batch is this process's share, which may be empty; loss and gradients are those of the whole. They are
+        computed here, not where Lightning asks for gradients: it would hold on to what did not fit.
         """
         self._loss_count += 1
-        samples = len(batch[0])
-        if samples == 0:
-            return None
-        self._batch, self._weight = batch, self.weight(batch_idx, samples)
-        loss = self._loss_that_fits()
-        self._loss_sum += loss.detach()
-        return loss
+        self._batch = batch
+        samples = len(batch[0]) if self.samples_of is None else self.samples_of(batch_idx)
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        own = self._gradients_that_fit(parameters, samples)
+        loss, gradients = add_gradients(*own, parameters, self.group)
+        self._loss_sum += loss
+        return with_gradients(loss, gradients, parameters)
 
-    def _loss_that_fits(self) -> Tensor:
-        """The loss of the batch and its gradients, in more parts than before as long as memory runs out.
-
-        Both are computed here, not where Lightning asks for gradients: it would hold on to what did not fit.
+    def _gradients_that_fit(self, parameters: Sequence[nn.Parameter], samples: int) -> _Gradients:
+        """The share's part of the loss and its gradients, fewer samples at once than before as long as memory runs out.
 
         Raises:
             CalibrationError: If a single sample does not fit.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         while True:
             try:
                 self._check_compiled(parameters)
-                return loss_in_parts(self.loss, self._batch, parameters, self.parts) * self._weight
+                return self._gradients(parameters, samples)
             except torch.OutOfMemoryError as error:
                 message = str(error)
-            self._take_more_parts(message)  # outside of the handler, which would hold on to what did not fit
+            self._take_less_at_once(message)  # outside of the handler, which would hold on to what did not fit
 
     def _check_compiled(self, parameters: Sequence[nn.Parameter]) -> None:
         """Compares the first compiled gradients with plain ones, and goes on without compiling if they differ.
@@ -139,15 +145,16 @@ class BlockModule(LightningModule):
         Compilers have errors, and a wrong gradient would only be seen in the perplexity. Every size of a batch has
         compiled code of its own.
         """
-        size = (len(self._batch[0]), self.parts)
+        size = (len(self._batch[0]), self.at_once)
         if not self._is_compiled or size in self._checked:
             return
         kinds = [name.rpartition(".")[2] for name, parameter in self.named_parameters() if parameter.requires_grad]
         self._is_compiled = False
-        plain = self._gradients(parameters)
+        _, plain = self._gradients(parameters)
         self._is_compiled = True
         try:
-            reason = "gives other gradients" if differing_kinds(plain, self._gradients(parameters), kinds) else None
+            _, found = self._gradients(parameters)
+            reason = "gives other gradients" if differing_kinds(plain, found, kinds) else None
         except (TorchDynamoException, torch.OutOfMemoryError) as error:
             reason = f"does not work ({str(error).strip().splitlines()[0]})"
         self._checked.add(size)
@@ -155,20 +162,21 @@ class BlockModule(LightningModule):
             self._is_compiled = False
             _log.warning("block %d: torch.compile %s; the block learns by plain steps", self.index, reason)
 
-    def _gradients(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-        loss = loss_in_parts(self.loss, self._batch, parameters, self.parts)
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    def _gradients(self, parameters: Sequence[nn.Parameter], samples: int | None = None) -> _Gradients:
+        dtype = torch.float64 if self.is_exact else torch.float32
+        return gradients_in_parts(self.loss, self._batch, parameters, self.at_once, samples, dtype)
 
-    def _take_more_parts(self, message: str) -> None:
-        samples = len(self._batch[0])
-        if self.parts >= samples:
+    def _take_less_at_once(self, message: str) -> None:
+        tried = min(len(self._batch[0]), self.at_once or len(self._batch[0]))
+        if tried == 1:
             raise CalibrationError(
                 f"block {self.index}: one sample does not fit into memory; lower data.sequence_length or "
                 f"model.window.blocks ({message.splitlines()[0]})"
             )
-        self.parts = min(samples, 2 * self.parts)
+        self.at_once = math.ceil(tried / 2)
         make_room()
-        _log.warning("block %d does not fit into memory: batches are taken in %d parts", self.index, self.parts)
+        text = "block %d: %d samples do not fit into memory at once; it goes on with at most %d"
+        _log.warning(text, self.index, tried, self.at_once)
 
     def loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the loss of a batch, as :meth:`training_step` gets it."""
@@ -191,7 +199,7 @@ class BlockModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch"] = {
             "losses": list(self.epoch_losses),
-            "loss_sum": self._mean_of_processes(self._loss_sum.detach()).cpu(),
+            "loss_sum": self._loss_sum.cpu(),
             "loss_count": self._loss_count,
         }
         checkpoint["compiled"] = self._is_compiled
@@ -203,9 +211,6 @@ class BlockModule(LightningModule):
         self._resumed_sum, self._loss_count = epoch["loss_sum"], epoch["loss_count"]
         self._is_compiled = checkpoint.get("compiled", self._is_compiled)
 
-    def _mean_of_processes(self, value: Tensor) -> Tensor:
-        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="mean"))
-
     def forget_epoch(self) -> None:
         """Drops the losses of the current epoch, which has been taken back."""
         self._loss_sum.zero_()
@@ -215,7 +220,7 @@ class BlockModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         if self._loss_count == 0:
             return
-        mean = float(self._mean_of_processes(self._loss_sum)) / self._loss_count
+        mean = float(self._loss_sum) / self._loss_count
         self.epoch_losses.append(mean)
         self.log("loss", mean)
         self.log("block", float(self.index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Engine:
         announce: Calls a hook of the callbacks with its arguments.
         pause: Called where an interruption loses nothing.
         group: The processes that have the other samples; the streams of this one hold its share.
+        at_once: Samples that are computed at once; ``None`` for as many as fill the device, and all of a step.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         announce: Callable[..., None],
         pause: Callable[[], None] = lambda: None,
         group: Group | None = None,
+        at_once: int | None = None,
     ) -> None:
         self.device = device
         self.storage = storage
@@ -63,6 +66,7 @@ class Engine:
         self.announce = announce
         self.pause = pause
         self.group = group or Group()
+        self.at_once = at_once
 
     def embed(self, source: SourceModel, tokens: Tensor) -> Stream:
         """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""
@@ -72,7 +76,7 @@ class Engine:
     def map(self, function: Callable[[Tensor], Tensor], hidden: Stream, splits: bool = True) -> Stream:
         """Runs a block over a stream without gradients; see :func:`map_stream`."""
         with self.context():
-            return map_stream(lambda batch: function(batch).float(), hidden, self.storage, splits)
+            return map_stream(lambda batch: function(batch).float(), hidden, self.storage, splits, self.at_once)
 
 
 class Calibration:
@@ -233,10 +237,12 @@ class Calibration:
         head = self._source.logits if is_last and self._model.output_loss == "kl" else None
         module = BlockModule(blocks, self._model.learning, head)
         batches = StreamBatches((hidden, *targets), self._batch_size, self._order, self._share)
-        module.weight = batches.weight
-        self._engine.fit_block(module, batches)
+        engine = self._engine
+        module.group, module.samples_of = engine.group, batches.samples_of
+        module.at_once, module.is_exact = engine.at_once, engine.at_once is not None
+        engine.fit_block(module, batches)
         for entry in window:
-            entry.block.to(self._engine.device)  # a fit ends with what has learned on the CPU
+            entry.block.to(engine.device)  # a fit ends with what has learned on the CPU
             entry.block.epochs += len(module.epoch_losses)
         module.release()
         window[0].seconds += time.perf_counter() - started
@@ -325,14 +331,19 @@ def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
 
 def _mean_square(values: Stream, group: Group) -> float:
     """Mean over the streams of a group, a few samples at a time: no copy of the whole is made."""
-    return _mean((float(part.square().sum()) for part in values.parts()), values, group)
+    return _mean(map(_squares, values.parts()), values, group)
 
 
 def _mean_squared_error(output: Stream, target: Stream, group: Group) -> float:
     parts = zip(output.parts(), target.parts(), strict=True)
-    return _mean((float((one - other).square().sum()) for one, other in parts), output, group)
+    return _mean((_squares(one - other) for one, other in parts), output, group)
 
 
-def _mean(sums: Iterable[float], values: Stream, group: Group) -> float:
-    total, count = group.total((math.fsum(sums), values.shape.numel()))
+def _squares(values: Tensor) -> list[float]:
+    """The sum of squares of every sample, the same whatever samples it is computed with."""
+    return cast("list[float]", values.square().flatten(1).sum(1).tolist())
+
+
+def _mean(sums: Iterable[list[float]], values: Stream, group: Group) -> float:
+    total, count = group.total((math.fsum(itertools.chain.from_iterable(sums)), values.shape.numel()))
     return total / count

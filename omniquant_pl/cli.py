@@ -241,7 +241,6 @@ def quieten() -> None:
         ".*LeafSpec.*",
         ".*smaller than the logging interval.*",  # losses are logged once an epoch
         ".*sync_dist=True.*",  # they are means over the processes already
-        ".*`training_step` returned `None`.*",  # the batch's samples are in other processes
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["loss_in_parts"]
+__all__ = ["gradients_in_parts", "with_gradients"]
 
 
-def loss_in_parts(
+def gradients_in_parts(
     loss_of: Callable[[Sequence[Tensor]], Tensor],
     batch: Sequence[Tensor],
     parameters: Sequence[nn.Parameter],
-    parts: int,
-) -> Tensor:
-    """Returns the loss of a batch, whose gradients have been computed part by part.
+    at_once: int | None = None,
+    samples: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Returns the loss of some samples and its gradients, which are computed part by part.
 
     Args:
         loss_of: Mean loss of some samples.
-        batch: Tensors ``[samples, ...]``.
+        batch: Tensors ``[samples, ...]``; there may be no sample.
         parameters: What the loss depends on.
-        parts: How many parts there are, at most.
+        at_once: Samples of a part; ``None`` for all.
+        samples: How many samples the mean is over, if some of them are elsewhere.
+        dtype: Of the sums over the parts. In float64 they are, for what float32 can tell, those of any order.
 
     Returns:
-        The loss. Its ``backward`` gives the parameters the mean of the parts' gradients, weighted by their samples.
+        The loss, and for each parameter what the samples contribute to the gradient of the mean; ``None`` for one that
+        no sample has reached.
     """
-    samples = len(batch[0])
-    total = torch.zeros((), device=batch[0].device)
+    own = len(batch[0])
+    total = torch.zeros((), device=batch[0].device, dtype=dtype)
     gradients: list[Tensor | None] = [None] * len(parameters)
-    for part in zip(*(tensor.split(math.ceil(samples / parts)) for tensor in batch), strict=True):
-        loss = loss_of(part) * (len(part[0]) / samples)
+    if own == 0:
+        return total, gradients
+    for part in zip(*(tensor.split(at_once or own) for tensor in batch), strict=True):
+        loss = loss_of(part) * (len(part[0]) / (samples or own))
         for position, gradient in enumerate(_gradients(loss, parameters)):
-            gradients[position] = _sum(gradients[position], gradient)
+            gradients[position] = _sum(gradients[position], gradient, dtype)
         total += loss.detach()
-    loss_with_gradients: Tensor = _Computed.apply(total, gradients, *parameters)  # type: ignore[no-untyped-call]
-    return loss_with_gradients
+    return total, gradients
+
+
+def with_gradients(value: Tensor, gradients: list[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Returns a value whose ``backward`` gives parameters known gradients; the list is emptied meanwhile."""
+    known: Tensor = _Computed.apply(value, gradients, *parameters)  # type: ignore[no-untyped-call]
+    return known
 
 
 def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
@@ -46,10 +57,10 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other  # not in place: two parameters may have been given the same tensor
+def _sum(one: Tensor | None, other: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if other is None:
+        return one
+    return other.to(dtype) if one is None else one + other  # not in place: two parameters may share a tensor
 
 
 class _Computed(torch.autograd.Function):
@@ -58,11 +69,11 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
         context.gradients = gradients
-        return value.clone()
+        return value.float()
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Any:
         known, context.gradients = context.gradients, None
         for position, found in enumerate(known):  # each in the place of what it is made of: never two copies of all
-            known[position] = None if found is None else found * gradient
+            known[position] = None if found is None else found.float() * gradient
         return (None, None, *known)

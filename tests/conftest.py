@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,16 @@ settings.load_profile("omniquant")
 
 # Tensors are tiny here: further threads only wait for each other, for long on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder where tokens are kept from run to run: one of the tests' own, for the processes they start too."""
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ASSETS_CACHE", str(folder))
+        patch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from omniquant_pl.activations import Storage, Stream, map_stream
 from omniquant_pl.block import BlockModule
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.parts import loss_in_parts
+from omniquant_pl.parts import gradients_in_parts, with_gradients
 from omniquant_pl.trainer import SequentialTrainer
 
 Fit = Callable[..., SequentialTrainer]
@@ -31,7 +31,8 @@ def test_gradients_of_parts_are_those_of_the_batch() -> None:
 
     whole = loss_of(batch)
     (expected,) = torch.autograd.grad(whole, [weight])
-    loss = loss_in_parts(loss_of, batch, [weight, unused], 3)
+    parameters = [weight, unused]
+    loss = with_gradients(*gradients_in_parts(loss_of, batch, parameters, at_once=3), parameters)
     (2 * loss).backward()
     torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(weight.grad, 2 * expected)
@@ -42,7 +43,8 @@ def test_parameters_that_share_a_gradient() -> None:
     """Autograd gives a sum's terms the same tensor."""
     one, other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     batch = (torch.randn(6, 4, generator=torch.Generator().manual_seed(0)),)
-    loss_in_parts(lambda part: ((one + other) * part[0]).mean(), batch, [one, other], 3).backward()
+    parts = gradients_in_parts(lambda part: ((one + other) * part[0]).mean(), batch, [one, other], at_once=2)
+    with_gradients(*parts, [one, other]).backward()
     assert one.grad is not None
     torch.testing.assert_close(one.grad, batch[0].mean(0) / 4)
     torch.testing.assert_close(other.grad, one.grad)
@@ -106,7 +108,7 @@ def test_same_factors(
     memory = _SmallMemory(monkeypatch, 1, in_backward)
     in_parts = learned("parts")
     assert len(memory.graphs) == 2  # three samples, then two; later blocks know
-    assert "taken in 3 parts" in caplog.text
+    assert "2 samples do not fit into memory at once; it goes on with at most 1" in caplog.text
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
 
 

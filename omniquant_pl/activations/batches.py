@@ -16,25 +16,29 @@ from omniquant_pl.memory import make_room
 
 __all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream", "read_ahead"]
 
-_TOKENS_PER_PASS = 8192
-"""Tokens of one batch where no gradient is needed."""
+_TOKENS_PER_PASS, _TOKENS_PER_CPU_PASS = 8192, 2048
+"""Tokens of one batch where no gradient is needed: enough to fill a device, few enough for a processor's caches."""
 
 _T = TypeVar("_T")
 
 
-def _samples_per_pass(tokens: int) -> int:
-    return max(1, _TOKENS_PER_PASS // tokens)
+def _samples_per_pass(tokens: int, device: torch.device) -> int:
+    return max(1, (_TOKENS_PER_CPU_PASS if device.type == "cpu" else _TOKENS_PER_PASS) // tokens)
 
 
 @torch.no_grad()
 def map_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """Applies a function to ``[samples, tokens, ...]`` some samples at a time and joins the results."""
-    return torch.cat([function(batch) for batch in values.split(_samples_per_pass(values.shape[1]))])
+    return torch.cat([function(batch) for batch in values.split(_samples_per_pass(values.shape[1], values.device))])
 
 
 @torch.no_grad()
 def map_stream(
-    function: Callable[[Tensor], Tensor], source: Stream | Tensor, storage: Storage, splits: bool = True
+    function: Callable[[Tensor], Tensor],
+    source: Stream | Tensor,
+    storage: Storage,
+    splits: bool = True,
+    at_once: int | None = None,
 ) -> Stream:
     """Applies a function to the samples of a stream, or to token ids, some at a time.
 
@@ -46,11 +50,12 @@ def map_stream(
         source: A stream, or token ids ``[samples, tokens]``.
         storage: Where the result goes.
         splits: Whether samples that do not fit into memory are taken in halves; not if the function counts its calls.
+        at_once: Samples that the function gets at once; ``None`` for as many as fill a device.
 
     Returns:
         The results for all samples.
     """
-    size = _samples_per_pass(source.shape[1])
+    size = at_once or _samples_per_pass(source.shape[1], storage.device)
     slices = [slice(start, start + size) for start in range(0, len(source), size)]
     read = source.read if isinstance(source, Stream) else source.__getitem__
     is_direct = storage.place == "device" and (not isinstance(source, Stream) or source.is_direct)
@@ -180,14 +185,9 @@ class StreamBatches:
         """Batches of an epoch."""
         return math.ceil(self.sampler.samples / self.batch_size)
 
-    def weight(self, number: int, samples: int) -> float:
-        """Returns what the mean over the own samples of a batch counts, where the shares' means are averaged.
-
-        Args:
-            number: Position of the batch in its epoch.
-            samples: How many of its samples are in this share.
-        """
-        return samples * self._shares / min(self.batch_size, self.sampler.samples - number * self.batch_size)
+    def samples_of(self, number: int) -> int:
+        """Returns how many samples a batch has in all shares, by its position in the epoch."""
+        return min(self.batch_size, self.sampler.samples - number * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Yields batches in float32 on the device, read by another thread while the one before is used if need be."""

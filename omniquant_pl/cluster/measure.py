@@ -60,6 +60,7 @@ def measured_times(
     block = model.block(index, tensors, call, inputs, rows, device)
     module = BlockModule([block], model.learning).to(device)
     module.steps = _REPEATS
+    module.at_once, module.is_exact = engine.at_once, engine.at_once is not None
     configured = module.configure_optimizers() if list(module.parameters()) else None
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     step = 0.0
@@ -76,7 +77,7 @@ def measured_times(
 def _step(module: BlockModule, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], engine: Engine) -> None:
     optimizer.zero_grad()
     with engine.context():
-        loss = module.loss(batch)
+        loss = module.training_step(batch, 0)
     loss.backward()
     optimizer.step()
 

@@ -51,6 +51,8 @@ class Job:
     augmented: bool = False
     factors: int = 0
     """Learned numbers of a block."""
+    gradient_bytes: int = 4
+    """Of a number's gradient, as it is sent."""
     other_weights: int = 0
     """Around the blocks."""
     stitch_epochs: int = 0
@@ -71,7 +73,10 @@ class Plan:
     hours_of_one_device: float
     efficiency: float
     """One device's time over the time of all devices."""
-    device_memory: int
+    block_memory: int
+    """Of a device, for the block while it learns."""
+    stream_memory: int
+    """Hidden states of a process, on the device as far as they fit there."""
     host_memory: int
     """Of all processes of a node, where streams are in host memory and devices have none of their own."""
     disk: int
@@ -114,6 +119,7 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
     if job.stitch_epochs and segments > 1:
         stitched = [_stitch_seconds(job, times, part, share) for part in parts[1:]]
         total += 2 * inputs + _longest([0.0, *stitched], in_turn)
+    block_memory, stream_memory = _COPIES * 4 * job.window * max(job.costs), _stream_memory(job, share, in_turn)
     return Plan(
         segments=segments,
         processes_per_segment=share,
@@ -122,8 +128,9 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
         hours_of_inputs=inputs / 3600,
         hours_of_one_device=alone / 3600,
         efficiency=alone / (size * total),
-        device_memory=_memory(job, share, in_turn),
-        host_memory=devices * (_memory(job, share, in_turn) + _OVERHEAD),
+        block_memory=block_memory,
+        stream_memory=stream_memory,
+        host_memory=devices * (block_memory + stream_memory + _OVERHEAD),
         disk=4 * (sum(job.costs) + job.other_weights + len(job.costs) * job.factors),
         network=_sent(job, segments - in_turn, size, share, max(map(len, parts))),
     )
@@ -154,10 +161,10 @@ def _stitch_seconds(job: Job, times: BlockTimes, blocks: range, share: int) -> f
     return learned + sum(_seconds(job, times, job.costs[index], share, 0) for index in blocks[count:])
 
 
-def _memory(job: Job, share: int, in_turn: int) -> int:
-    """Streams of a process, the inputs of all its segments among them, and its block while it learns."""
+def _stream_memory(job: Job, share: int, in_turn: int) -> int:
+    """Streams of a process, the inputs of all its segments among them."""
     numbers = job.samples // share * job.tokens * job.channels
-    return (4 + job.window + 2 * in_turn) * numbers * job.stream_bytes + _COPIES * 4 * job.window * max(job.costs)
+    return (4 + job.window + 2 * in_turn) * numbers * job.stream_bytes
 
 
 def _sent(job: Job, others: int, size: int, share: int, blocks: int) -> int:
@@ -165,4 +172,4 @@ def _sent(job: Job, others: int, size: int, share: int, blocks: int) -> int:
     hidden = job.samples * job.tokens * job.channels * 4 // size * others
     passes = 3 if job.stitch_epochs else 1
     steps = -(-job.samples // job.batch_size) * job.epochs * blocks
-    return passes * hidden + (steps * job.factors * 4 * 2 if share > 1 else 0)
+    return passes * hidden + (steps * job.factors * job.gradient_bytes * 2 if share > 1 else 0)

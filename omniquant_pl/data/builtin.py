@@ -11,16 +11,19 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
+
+from typing_extensions import override
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["Split", "builtin_text", "document_split"]
+__all__ = ["BuiltinDocuments", "Split", "builtin_identity", "builtin_text", "document_split"]
 
 Split = Literal["train", "evaluation"]
 
@@ -61,6 +64,49 @@ def builtin_text(split: Split) -> str:
     """
     documents = _documents()
     return "\n\n".join(text for name, text in documents if document_split(name) == split)
+
+
+class BuiltinDocuments(Sequence[str]):
+    """One split as a text's only document, which is put together when it is read.
+
+    Args:
+        split: As of :func:`builtin_text`.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self._split: Split = split
+
+    @override
+    def __len__(self) -> int:
+        return 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return [builtin_text(self._split)][index]
+
+
+def builtin_identity(split: Split) -> str:
+    """Tell a split from that of another Python, or of this one with other files, without reading them all.
+
+    Args:
+        split: As of :func:`builtin_text`.
+
+    Returns:
+        A digest of the rules in this file, of the help topics, and of the sources' names, sizes and times.
+
+    Raises:
+        ConfigurationError: If this Python comes without the topics.
+    """
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(repr((split, sys.version, _topics())).encode())
+    for name, path in _modules(_library()):
+        found = path.stat()
+        digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def document_split(name: str) -> Split:

@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from omniquant_pl.data.cache import encode_stream
 from omniquant_pl.data.files import TOKEN_SUFFIX, resolve
 from omniquant_pl.data.sources import dataset_key, is_path, read_text
 from omniquant_pl.data.text import Role, key_of
@@ -59,6 +60,9 @@ class CalibrationData(LightningDataModule):
             Text gives the adjacent windows of its held-out split, c4 256 random windows.
         batch_size: Windows of one step.
         shuffle: Visit the windows in another order every epoch, rather than in their own.
+        micro_batch_size: Windows of a step that are computed at once, so that a large step takes no more memory than
+            a small one; null: all. Their gradients are added up in float64: with 1, results do not depend on how many
+            processes share the windows, not even where rounding moves values by whole steps.
 
     Raises:
         ConfigurationError: If a number is out of range, or two entries of evaluation would be
@@ -73,6 +77,7 @@ class CalibrationData(LightningDataModule):
         evaluation: list[str] | None = None,
         batch_size: int = 1,
         shuffle: bool = False,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if samples < 1:
@@ -82,7 +87,11 @@ class CalibrationData(LightningDataModule):
             raise ConfigurationError("data.sequence_length", message)
         if batch_size < 1:
             raise ConfigurationError("data.batch_size", f"{batch_size} is not a positive number")
+        if micro_batch_size is not None and not 1 <= micro_batch_size <= batch_size:
+            message = f"{micro_batch_size} is not between 1 and data.batch_size, {batch_size}"
+            raise ConfigurationError("data.micro_batch_size", message)
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.shuffle = shuffle
         self.dataset = dataset
         self.samples = samples
@@ -171,7 +180,7 @@ class CalibrationData(LightningDataModule):
             raise ConfigurationError(key_of(spec.role), message)
         text = read_text(spec.name, spec.role)
         if not text.within_documents:
-            return _cut(encode(tokenizer, text.stream()), spec)
+            return _cut(encode_stream(tokenizer, text), spec)
         if spec.role == "evaluation":
             spec = replace(spec, samples=_DOCUMENT_WINDOWS, seed=_DOCUMENT_SEED)
         return sample_documents(partial(encode, tokenizer), text.documents, spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omniquant_pl.data.builtin import builtin_text
+from omniquant_pl.data.builtin import BuiltinDocuments, Split, builtin_identity
 from omniquant_pl.data.files import SUFFIXES, read_file, resolve
 from omniquant_pl.data.hub import HUB_DATASETS, read_hub
 from omniquant_pl.data.text import Role, Text
@@ -57,7 +57,8 @@ def read_text(name: str, role: Role) -> Text:
         ConfigurationError: If it cannot be found or read, or has no text where it should.
     """
     if name == BUILTIN:
-        return Text([builtin_text("train" if role == "calibration" else "evaluation")])
+        split: Split = "train" if role == "calibration" else "evaluation"
+        return Text(BuiltinDocuments(split), identity=builtin_identity(split))
     if is_path(name):
         return read_file(resolve(name, role), role)
     return read_hub(name, role)

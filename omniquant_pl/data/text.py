@@ -23,6 +23,8 @@ class Text:
     """Texts in the dataset's order; may be read lazily."""
     within_documents: bool = False
     """A window lies inside one document; otherwise the documents are one stream."""
+    identity: str | None = None
+    """Another for every other text, and quicker to tell than the text is to read; null: the text itself."""
 
     def stream(self) -> str:
         """All documents, joined by an empty line."""

@@ -1,6 +1,7 @@
 """Several processes: who shares what with whom, and what Lightning is told of it."""
 
 from omniquant_pl.distributed.agreement import refuse_differing, refuse_separate_folders, refuse_unequal
+from omniquant_pl.distributed.gradients import add_gradients
 from omniquant_pl.distributed.group import FailedElsewhereError, Group
 from omniquant_pl.distributed.logs import mark_logs
 from omniquant_pl.distributed.mesh import Mesh
@@ -17,6 +18,7 @@ __all__ = [
     "GroupStrategy",
     "Mesh",
     "Watch",
+    "add_gradients",
     "add_moments",
     "balanced_segments",
     "join_ranges",

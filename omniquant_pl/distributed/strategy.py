@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 from typing_extensions import override
 
-from omniquant_pl.distributed.gradients import average_gradients
 from omniquant_pl.distributed.group import Group
 from omniquant_pl.distributed.logs import mark_logs
 from omniquant_pl.distributed.mesh import Mesh
@@ -32,8 +31,8 @@ class GroupStrategy(DDPStrategy):
 
     Launching, ranks and the process group are those of ``DDPStrategy``. A block is not wrapped: its weights are no
     parameters, and need not be sent at every step, and after a step that did not fit into memory a wrapper could not be
-    used any more. The gradients of the factors are averaged in front of the optimizer's step. Lightning is told that it
-    is alone, as it would synchronise the processes at every step otherwise.
+    used any more. The block's module adds up the gradients of the factors. Lightning is told that it is alone, as it
+    would synchronise the processes at every step otherwise.
 
     Args:
         process_group_backend: Of torch.distributed; null: gloo on the CPU, with nccl for tensors on CUDA devices.
@@ -96,17 +95,6 @@ class GroupStrategy(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Leaves the block as it is."""
-
-    @override
-    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **options: Any) -> Any:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-        def averaged() -> Any:
-            result = closure()
-            average_gradients(parameters, self.group)
-            return result
-
-        return super().optimizer_step(optimizer, averaged, model, **options)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -87,6 +87,7 @@ def _job(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationDat
     return replace(
         job,
         batch_size=data.batch_size,
+        gradient_bytes=4 if data.micro_batch_size is None else 8,
         epochs=trainer.epochs_per_block,
         window=model.window.blocks,
         augmented=model.aug_loss,
@@ -98,7 +99,8 @@ def _measured(trainer: SequentialTrainer, model: OmniQuantModel, data: Calibrati
     refuse_compiling(model, data, trainer.strategy.root_device, trainer.group)
     source, costs = model.source, block_costs(model)
     costliest = costs.index(max(costs))
-    times, factors = measured_times(model, tokens, data.batch_size, costliest, trainer.engine(model, tokens))
+    engine = trainer.engine(model, tokens, data.micro_batch_size)
+    times, factors = measured_times(model, tokens, data.batch_size, costliest, engine)
     others = sum(source.describe(name).elements for name in source.surrounding_names)
     stored = model.activation_dtype.itemsize
     job = Job(tuple(costs), len(tokens), tokens.shape[1], source.config.hidden_size, 1, 0, stored)
@@ -135,7 +137,8 @@ def plan_table(found: Plan, title: str) -> Table:
         "of it, inputs of segments": _duration(found.hours_of_inputs),
         "on one device": _duration(found.hours_of_one_device),
         "efficiency": f"{100 * found.efficiency:.0f} %",
-        "memory of a device": _size(found.device_memory),
+        "memory of a device": f"{_size(found.block_memory)} for a block that learns",
+        "hidden states of a process": f"{_size(found.stream_memory)} on the device, the host or in files",
         "memory of a host": f"{_size(found.host_memory)} at most, where all streams are in it",
         "disk, with the exported model": _size(found.disk),
         "network, sent by a process": _size(found.network),

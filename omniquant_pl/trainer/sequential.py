@@ -74,7 +74,7 @@ class SequentialTrainer(RunTrainer):
         self.resumes = False
         self.first_epoch = 0
         self.input_seconds = 0.0
-        self._parts = 1
+        self._at_once: int | None = None
         self._resume: tuple[Path, dict[str, Any]] | None = None
         self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []
 
@@ -172,7 +172,7 @@ class SequentialTrainer(RunTrainer):
             if isinstance(self.strategy, BlockParallelStrategy):
                 SegmentedCalibration(self, self.strategy, model, datamodule, tokens).run()
             else:
-                engine = self.engine(model, tokens)
+                engine = self.engine(model, tokens, datamodule.micro_batch_size)
                 streams = Streams(engine.embed(model.source, self.group.share(tokens)))
                 blocks = range(len(model.source))
                 finished = self.finished(self.run_folder)
@@ -186,6 +186,8 @@ class SequentialTrainer(RunTrainer):
         names = [name for name in DECIDING_TRAINER_KEYS if name != "max_epochs"]  # Lightning's counts all blocks
         own = {"epochs_per_block": self.epochs_per_block} | {name: getattr(self, name) for name in names}
         given = {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
+        if data.micro_batch_size is not None:  # runs that do not know the option go on
+            given["micro_batch_size"] = data.micro_batch_size
         return model.settings | own | given | self._segment_settings
 
     def calibrate(
@@ -224,12 +226,13 @@ class SequentialTrainer(RunTrainer):
         force = any(getattr(callback, "force", False) for callback in self.calibration_callbacks)
         return FinishedBlocks(folder, self.fingerprint, self.resumes if resumes is None else resumes, force)
 
-    def engine(self, model: OmniQuantModel, tokens: Tensor, streams: int = 0) -> Engine:
+    def engine(self, model: OmniQuantModel, tokens: Tensor, at_once: int | None, streams: int = 0) -> Engine:
         """Returns what a calibration of the group's blocks needs of this trainer.
 
         Args:
             model: The model and its settings.
             tokens: All token ids.
+            at_once: Samples that are computed at once; ``None`` for as many as there are.
             streams: How many streams there are besides those of the calibration: two in front of a block, two behind
                 it, and the targets of its window.
         """
@@ -248,6 +251,7 @@ class SequentialTrainer(RunTrainer):
             self.announce,
             self.interruption.obey,
             group,
+            at_once,
         )
 
     def _fit_block(self, block: BlockModule, batches: StreamBatches) -> None:
@@ -271,9 +275,9 @@ class SequentialTrainer(RunTrainer):
         for callback, state in self._early_stopping:
             callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
-        block.parts = self._parts
+        block.at_once = self._at_once or block.at_once  # of a step that did not fit into memory
         self._run(block, ckpt_path=None if resume is None else resume[0])
-        self._parts = block.parts
+        self._at_once = block.at_once
         # Or Lightning would hold on to the optimizer's state and the block's streams until the next one comes.
         self.strategy.optimizers, self.strategy.lr_scheduler_configs = [], []
         self.fit_loop._combined_loader = None

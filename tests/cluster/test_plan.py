@@ -60,7 +60,7 @@ def test_more_segments_than_processes_are_calibrated_in_turn() -> None:
     assert math.isclose(found.hours * 3600, inputs + 4 * BLOCK)
     assert found.network == 16 * 32 * 4 * 4 // 2 * 2  # bytes of half of the samples, for the two of the other process
     fewer = plan(JOB, TIMES, devices=2, nodes=1, segments=2)
-    assert found.device_memory - fewer.device_memory == 2 * 16 * 32 * 4 * 4  # the inputs of one segment more
+    assert found.stream_memory - fewer.stream_memory == 2 * 16 * 32 * 4 * 4  # the inputs of one segment more
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_command_estimates_without_weights(
     for samples in (8000, 16000):
         sizes = [f"--data.samples={samples}", "--data.sequence_length=32", "--devices=1"]
         run(["plan", "--config=w4a16.yaml", f"--model.path={tmp_path}", "--teraflops=1", *sizes])
-        memory += re.findall(r"memory of a device │ ([\d.]+) MB", " ".join(capsys.readouterr().out.split()))
+        memory += re.findall(r"hidden states of a process │ ([\d.]+) MB", " ".join(capsys.readouterr().out.split()))
     streams = 7 * 8000 * 32 * config["hidden_size"] * byte_count / 1e6
     assert float(memory[1]) - float(memory[0]) == pytest.approx(streams, abs=0.11)
 

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from omniquant_pl.data import builtin
-from omniquant_pl.data.builtin import builtin_text, document_split
+from omniquant_pl.data.builtin import builtin_identity, builtin_text, document_split
 from omniquant_pl.errors import ConfigurationError
 
 
@@ -131,6 +132,15 @@ def c():
         (library / folder / "x.py").write_text('"""Skipped."""')
         (library / "kept.py").write_text('"""Kept."""')
         assert documents() == {"kept": "Kept."}
+
+    def test_identity_changes_with_the_sources(self, library: Path) -> None:
+        (library / "a.py").write_text('"""A."""\n')
+        first = builtin_identity("train")
+        assert first == builtin_identity("train") != builtin_identity("evaluation")
+        (library / "b.py").write_text('"""B."""\n')
+        second = builtin_identity("train")
+        os.utime(library / "a.py", ns=(0, 0))
+        assert len({first, second, builtin_identity("train")}) == 3
 
     @pytest.mark.parametrize("source", [b"def (:", b"\x00", b"\xff\xfe"])
     def test_files_that_do_not_parse_are_skipped(self, library: Path, source: bytes) -> None:

@@ -10,7 +10,7 @@ from processes import together
 from torch import Tensor, nn
 
 from omniquant_pl.distributed import Group, Mesh, add_moments, join_ranges, join_samples
-from omniquant_pl.distributed.gradients import average_gradients
+from omniquant_pl.distributed.gradients import add_gradients
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.quant import ChannelRange, InputMoment, InputSample
 
@@ -59,17 +59,18 @@ def test_statistics_are_those_of_one_process() -> None:
     assert found[0]["total"] == [2.0, 1.0]
 
 
-def gradients(rank: int) -> list[list[float] | None]:
+def gradients(rank: int) -> list[Any]:
+    """One process has seen two samples of a step, the other one, which has reached another parameter too."""
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    parameters[0].grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    own: list[Tensor | None] = [torch.tensor([1.0, 2.0]) * (rank + 1), None, None]
     if rank == 1:
-        parameters[1].grad = torch.tensor([4.0, 6.0])
-    average_gradients(parameters, connect().data)
-    return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+        own[1] = torch.tensor([4.0, 6.0])
+    loss, totals = add_gradients(torch.tensor(0.5 + rank), own, parameters, connect().data)
+    return [loss.item(), *(None if total is None else total.tolist() for total in totals)]
 
 
-def test_gradients_are_means_and_stay_away_where_no_process_has_one() -> None:
-    assert together(gradients, 2) == [[[1.5, 3.0], [2.0, 3.0], None]] * 2
+def test_gradients_are_sums_and_stay_away_where_no_process_has_one() -> None:
+    assert together(gradients, 2) == [[2.0, [3.0, 6.0], [4.0, 6.0], None]] * 2
 
 
 def refusal(rank: int) -> str:
