@@ -42,6 +42,8 @@ format: $(INSTALLED)  ## rewrite Python and C++ in the project's style
 types: $(TREE)  ## mypy --strict
 	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../../.mypy_cache -p omniquant_pl
+	cd $(TREE) && MYPYPATH=../../benchmarks ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	    --cache-dir ../../.mypy_cache ../../benchmarks/*.py ../../scripts/*.py
 
 # -S: without the site module the editable installation does not stand before the tree.
 contract: $(TREE)  ## imports go down the floors only

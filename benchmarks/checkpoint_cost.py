@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from memory import VOCABULARY, make_model
@@ -26,6 +26,8 @@ from omniquant_pl.data import CalibrationData
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
+
+Rounding = Literal["nearest", "learned"]
 
 
 class TimedTrainer(SequentialTrainer):
@@ -44,7 +46,7 @@ class TimedTrainer(SequentialTrainer):
         self.sizes.append(Path(filepath).stat().st_size)
 
 
-def measure(model: Path, tokens: Path, folder: Path, rounding: str) -> TimedTrainer:
+def measure(model: Path, tokens: Path, folder: Path, rounding: Rounding) -> TimedTrainer:
     """Lets one block learn, with a checkpoint after every step but the last of an epoch."""
     trainer = TimedTrainer(
         max_epochs=1,
@@ -73,7 +75,7 @@ def main() -> None:
         root = Path(name)
         make_model(root / "model", 1, 10**9)
         np.save(root / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY, (8, 64)))
-        for rounding in ("nearest", "learned"):
+        for rounding in get_args(Rounding):
             trainer = measure(root / "model", root / "tokens.npy", root / rounding, rounding)
             seconds = statistics.median(trainer.seconds)
             share = 100 * seconds / (60 * minutes)

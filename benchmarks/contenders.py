@@ -93,7 +93,6 @@ class Problem:
         def run() -> Tensor:
             with context():
                 loss = module.training_step((self.hidden, self.target), 0)
-            assert loss is not None
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -130,7 +129,7 @@ class Problem:
         names = list(block.state_dict())
 
         def network(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-            overridden = dict(zip(names, weights, strict=True))
+            overridden: dict[str, Tensor] = dict(zip(names, weights, strict=True))
             return cast(Tensor, torch.func.functional_call(block, overridden, (hidden, *arguments), options))
 
         def run() -> Tensor:

@@ -156,7 +156,8 @@ def _fake_quantize(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=2**-14)
     zero = _round(-low / scale).clamp(0, 2**bits - 1)
-    return ((_round(values / scale) + zero).clamp(0, 2**bits - 1) - zero) * scale
+    codes = (_round(values / scale) + zero).clamp(0, 2**bits - 1)
+    return (codes - zero) * scale
 
 
 def _round(values: Tensor) -> Tensor:

@@ -211,15 +211,16 @@ def quality_table(rows: list[Row], peers: dict[tuple[str, str], float], results:
     head = ["model, scheme", "full precision", "RTN", "SmoothQuant", "AWQ", "GPTQ", *tools, "original", "paper", "best"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        own = {method: results.get(f"{method}/{row['name']}") for method in RUNS}
-        any_run = next((found for found in own.values() if found is not None), None)
-        if any_run is None:
+        found = {method: results.get(f"{method}/{row['name']}") for method in RUNS}
+        own = {method: result for method, result in found.items() if result is not None}
+        if not own:
             continue
+        any_run = next(iter(own.values()))
         cells = [any_run["full_precision"], any_run["round_to_nearest"]]
-        cells += [None if own[m] is None else own[m]["quantized"] for m in ("smoothquant", "awq", "gptq")]
+        cells += [own[m]["quantized"] if m in own else None for m in ("smoothquant", "awq", "gptq")]
         cells += [peers.get((row["name"], tool)) for tool in tools]
         cells.append(row["perplexity"])
-        cells += [None if own[m] is None else own[m]["quantized"] for m in ("paper", "best")]
+        cells += [own[m]["quantized"] if m in own else None for m in ("paper", "best")]
         lines.append(f"| {row['name']} | " + " | ".join(_shown(cell) for cell in cells) + " |")
     return lines
 

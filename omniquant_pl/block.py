@@ -21,7 +21,7 @@ from omniquant_pl.distributed import Group, add_gradients
 from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.memory import make_room
-from omniquant_pl.parts import gradients_in_parts, with_gradients
+from omniquant_pl.parts import gradients_in_parts, parts_of, with_gradients
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import LearningSpec
 
@@ -69,7 +69,7 @@ class BlockModule(LightningModule):
         self.group = Group()
         self.samples_of: Callable[[int], int] | None = None
         self._is_compiled = learning.compile
-        self._checked: set[tuple[int, int | None]] = set()
+        self._checked: set[int] = set()
         self._batch: Sequence[Tensor] = ()
         self.epoch_losses: list[float] = []
         self._loss_sum = self._resumed_sum = torch.zeros(())
@@ -145,19 +145,21 @@ class BlockModule(LightningModule):
         Compilers have errors, and a wrong gradient would only be seen in the perplexity. Every size of a batch has
         compiled code of its own.
         """
-        size = (len(self._batch[0]), self.at_once)
-        if not self._is_compiled or size in self._checked:
+        sizes = {len(part[0]) for part in parts_of(self._batch, self.at_once)}
+        if not self._is_compiled or sizes <= self._checked:
             return
         kinds = [name.rpartition(".")[2] for name, parameter in self.named_parameters() if parameter.requires_grad]
         self._is_compiled = False
-        _, plain = self._gradients(parameters)
-        self._is_compiled = True
+        try:
+            _, plain = self._gradients(parameters)
+        finally:
+            self._is_compiled = True
         try:
             _, found = self._gradients(parameters)
             reason = "gives other gradients" if differing_kinds(plain, found, kinds) else None
         except (TorchDynamoException, torch.OutOfMemoryError) as error:
             reason = f"does not work ({str(error).strip().splitlines()[0]})"
-        self._checked.add(size)
+        self._checked |= sizes
         if reason is not None:
             self._is_compiled = False
             _log.warning("block %d: torch.compile %s; the block learns by plain steps", self.index, reason)

@@ -71,7 +71,7 @@ class Engine:
     def embed(self, source: SourceModel, tokens: Tensor) -> Stream:
         """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""
         source.to(self.device)
-        return map_stream(source.embed, tokens, self.storage)
+        return map_stream(source.embed, tokens, self.storage, at_once=self.at_once)
 
     def map(self, function: Callable[[Tensor], Tensor], hidden: Stream, splits: bool = True) -> Stream:
         """Runs a block over a stream without gradients; see :func:`map_stream`."""
@@ -340,8 +340,8 @@ def _mean_squared_error(output: Stream, target: Stream, group: Group) -> float:
 
 
 def _squares(values: Tensor) -> list[float]:
-    """The sum of squares of every sample, the same whatever samples it is computed with."""
-    return cast("list[float]", values.square().flatten(1).sum(1).tolist())
+    """The sum of squares of every sample."""
+    return cast("list[float]", values.square().flatten(1).sum(1, dtype=torch.float64).tolist())
 
 
 def _mean(sums: Iterable[list[float]], values: Stream, group: Group) -> float:

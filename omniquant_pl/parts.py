@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gradients_in_parts", "with_gradients"]
+__all__ = ["gradients_in_parts", "parts_of", "with_gradients"]
+
+
+def parts_of(batch: Sequence[Tensor], at_once: int | None) -> list[tuple[Tensor, ...]]:
+    """Returns some samples of a batch at a time, ``None`` for all; an empty batch has no part."""
+    samples = len(batch[0])
+    return list(zip(*(tensor.split(at_once or samples) for tensor in batch), strict=True)) if samples else []
 
 
 def gradients_in_parts(
@@ -36,9 +42,7 @@ def gradients_in_parts(
     own = len(batch[0])
     total = torch.zeros((), device=batch[0].device, dtype=dtype)
     gradients: list[Tensor | None] = [None] * len(parameters)
-    if own == 0:
-        return total, gradients
-    for part in zip(*(tensor.split(at_once or own) for tensor in batch), strict=True):
+    for part in parts_of(batch, at_once):
         loss = loss_of(part) * (len(part[0]) / (samples or own))
         for position, gradient in enumerate(_gradients(loss, parameters)):
             gradients[position] = _sum(gradients[position], gradient, dtype)

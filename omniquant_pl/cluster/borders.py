@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from omniquant_pl.activations import Storage, Stream, map_stream, read_ahead
+from omniquant_pl.activations import Storage, Stream, read_ahead
 from omniquant_pl.calibration import Engine
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.distributed import Group
@@ -48,7 +48,7 @@ def border_streams(
     calls = source.calls(tokens.shape[1])
     found: dict[int, Stream] = {}
     with engine.context():
-        hidden = map_stream(source.embed, tokens, engine.storage)
+        hidden = engine.embed(source, tokens)
     last = max(owners)
     blocks = read_ahead(source.block_tensors(index) for index in range(last))
     for index in range(last + 1):

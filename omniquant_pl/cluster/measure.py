@@ -54,8 +54,9 @@ def measured_times(
     original = source.make_block(index, tensors).to(device)
     with torch.no_grad(), observe_inputs(original, linears) as inputs, observe_samples(original, linears) as samples:
         target = call(original, hidden).float()
+    part = hidden[: engine.at_once]
     with torch.no_grad(), engine.context():
-        forward, _ = _timed(partial(call, original, hidden), device)
+        forward, _ = _timed(partial(call, original, part), device)
     rows = {name: found.rows for name, found in samples.items()}
     block = model.block(index, tensors, call, inputs, rows, device)
     module = BlockModule([block], model.learning).to(device)
@@ -64,14 +65,14 @@ def measured_times(
     configured = module.configure_optimizers() if list(module.parameters()) else None
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     step = 0.0
-    block.start_learning()
+    module.on_fit_start()
     if optimizer is not None:
         step, _ = _timed(partial(_step, module, optimizer, (hidden, target), engine), device)
-    block.end_learning()
+    module.on_fit_end()
     fold, _ = _timed(block.fold, device, 1)
     nearest, _ = _timed(partial(model.round_to_nearest, index, tensors, call), device, 1)
     factors = sum(factor.numel() for factor in module.parameters())
-    return BlockTimes(read, forward / len(batch), step / len(batch), fold + nearest), factors
+    return BlockTimes(read, forward / len(part), step / len(batch), fold + nearest), factors
 
 
 def _step(module: BlockModule, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], engine: Engine) -> None:

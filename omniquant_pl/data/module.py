@@ -60,9 +60,9 @@ class CalibrationData(LightningDataModule):
             Text gives the adjacent windows of its held-out split, c4 256 random windows.
         batch_size: Windows of one step.
         shuffle: Visit the windows in another order every epoch, rather than in their own.
-        micro_batch_size: Windows of a step that are computed at once, so that a large step takes no more memory than
-            a small one; null: all. Their gradients are added up in float64: with 1, results do not depend on how many
-            processes share the windows, not even where rounding moves values by whole steps.
+        micro_batch_size: Windows of a step that are computed at once, for less memory; null: all.
+            Their gradients are added up in float64: with 1, factors do not depend on how many
+            processes share the windows, with quantized activations too.
 
     Raises:
         ConfigurationError: If a number is out of range, or two entries of evaluation would be

@@ -24,7 +24,7 @@ class Text:
     within_documents: bool = False
     """A window lies inside one document; otherwise the documents are one stream."""
     identity: str | None = None
-    """Another for every other text, and quicker to tell than the text is to read; null: the text itself."""
+    """Another for every other text, and quicker to tell than the text is to read; null where nothing tells it."""
 
     def stream(self) -> str:
         """All documents, joined by an empty line."""

@@ -16,7 +16,7 @@ _LARGE = 1 << 20
 
 
 def add_gradients(
-    loss: Tensor, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], group: Group
+    loss: Tensor, gradients: list[Tensor | None], parameters: Sequence[Tensor], group: Group
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Adds up what the samples of each process contribute to the loss of a step and to its gradients.
 
@@ -25,7 +25,7 @@ def add_gradients(
 
     Args:
         loss: This process's part, of no dimension.
-        gradients: This process's parts, in the dtype of the loss.
+        gradients: This process's parts, in the dtype of the loss; taken out of the list one by one.
         parameters: What they are the gradients of; in the same order in all processes.
         group: The processes.
 
@@ -33,13 +33,13 @@ def add_gradients(
         Loss and gradients of the whole, the same bits in all processes.
     """
     if group.size == 1:
-        return loss, list(gradients)
+        return loss, gradients
     # On the CPU whatever the device: asking a GPU would wait for it.
     reached = group.maximum(torch.tensor([gradient is not None for gradient in gradients], dtype=torch.uint8))
     totals: list[Tensor | None] = [None] * len(gradients)
     small: dict[int, Tensor] = {}
     for position in reached.nonzero().flatten().tolist():
-        gradient = gradients[position]
+        gradient, gradients[position] = gradients[position], None
         if gradient is None:
             gradient = torch.zeros_like(parameters[position], dtype=loss.dtype)
         if gradient.numel() < _LARGE:

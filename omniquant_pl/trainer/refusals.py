@@ -169,9 +169,9 @@ def refuse_compiling(model: OmniQuantModel, data: CalibrationData, device: torch
     if any(layout.experts is not None for layout in model.source.layouts):
         message = "experts get another number of tokens at every step, each of which would be compiled; say false"
         raise ConfigurationError("model.compile", message)
-    if group.size > 1 and data.shuffle and data.batch_size > 1:
+    if group.size > 1 and data.shuffle and data.batch_size > 1 and data.micro_batch_size != 1:
         message = "shares of shuffled steps differ in size, each of which would be compiled; say false"
-        raise ConfigurationError("model.compile", f"{message}, or data.shuffle false")
+        raise ConfigurationError("model.compile", f"{message}, or data.shuffle false, or data.micro_batch_size 1")
 
 
 def _refuse_precision(precision: str | int | None) -> None:

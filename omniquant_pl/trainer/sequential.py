@@ -167,6 +167,7 @@ class SequentialTrainer(RunTrainer):
         self.group.barrier()
         self.announce("on_calibration_start", model)
         self.announce("on_baseline", model)
+        self._at_once = None
         self._early_stopping = [(c, c.state_dict()) for c in self.early_stopping_callbacks]
         with self.interruption.deferred(), self.interruption.explaining():
             if isinstance(self.strategy, BlockParallelStrategy):
@@ -275,9 +276,11 @@ class SequentialTrainer(RunTrainer):
         for callback, state in self._early_stopping:
             callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
-        block.at_once = self._at_once or block.at_once  # of a step that did not fit into memory
+        wanted = block.at_once
+        if self._at_once is not None:  # a step of an earlier block did not fit into memory
+            block.at_once = self._at_once if wanted is None else min(wanted, self._at_once)
         self._run(block, ckpt_path=None if resume is None else resume[0])
-        self._at_once = block.at_once
+        self._at_once = block.at_once if block.at_once != wanted else self._at_once
         # Or Lightning would hold on to the optimizer's state and the block's streams until the next one comes.
         self.strategy.optimizers, self.strategy.lr_scheduler_configs = [], []
         self.fit_loop._combined_loader = None
