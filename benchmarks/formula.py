@@ -157,7 +157,8 @@ def _fake_quantize(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tens
     scale = ((high - low) / (2**bits - 1)).clamp(min=2**-14)
     zero = _round(-low / scale).clamp(0, 2**bits - 1)
     codes = (_round(values / scale) + zero).clamp(0, 2**bits - 1)
-    return (codes - zero) * scale
+    grid: Tensor = (codes - zero) * scale
+    return grid
 
 
 def _round(values: Tensor) -> Tensor:

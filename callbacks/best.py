@@ -13,7 +13,6 @@ from typing_extensions import override
 from omniquant_pl.activations import StreamBatches
 from omniquant_pl.block import BlockModule
 from omniquant_pl.hooks import CalibrationCallback
-from omniquant_pl.parts import parts_of
 
 __all__ = ["KeepBestState"]
 
@@ -59,10 +58,10 @@ class KeepBestState(CalibrationCallback):
 
     def _compare(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, BlockModule)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context():
             batches: StreamBatches = trainer.train_dataloader  # type: ignore[assignment]
-            losses = [module.loss(part) * len(part[0]) for batch in batches for part in parts_of(batch, module.at_once)]
-        loss = float(trainer.strategy.reduce(torch.stack(losses).double().sum(), reduce_op="sum"))
+            losses = [module.total_loss(batch) for batch in batches]
+        loss = float(trainer.strategy.reduce(torch.stack(losses).sum(), reduce_op="sum"))
         if loss < self._least:
             self._best = {}  # two copies at once would be large where rounding is learned
             self._least, self._best = loss, copy.deepcopy(module.state_dict())

@@ -180,6 +180,19 @@ class BlockModule(LightningModule):
         text = "block %d: %d samples do not fit into memory at once; it goes on with at most %d"
         _log.warning(text, self.index, tried, self.at_once)
 
+    @torch.no_grad()
+    def total_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        """Returns the sum of the losses of a batch's samples in float64, as few at once as a step takes.
+
+        Its steps are plain ones: compiled ones are only trusted where they have been compared.
+        """
+        was_compiled, self._is_compiled = self._is_compiled, False
+        try:
+            losses = [self.loss(part).double() * len(part[0]) for part in parts_of(batch, self.at_once)]
+        finally:
+            self._is_compiled = was_compiled
+        return torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64, device=batch[0].device)
+
     def loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the loss of a batch, as :meth:`training_step` gets it."""
         hidden, *targets = batch

@@ -126,9 +126,7 @@ def initialize_clipping(
             rows = (rows - shift) / pair.spread(pair.scale)
         if quantize_input is not None:
             rows = quantize_input(rows)
-        spec = quantizer.spec
-        weight = transformed[f"{name}.weight"]
-        share = search_clipping(weight, rows, quantizer.group_size, spec.bits, spec.symmetric)
+        share = search_clipping(transformed[f"{name}.weight"], rows, quantizer.spec)
         for end in (quantizer.upper, quantizer.lower):
             if end is not None:
                 end.copy_(clipping_logit(share, clipping.initial))

@@ -52,6 +52,11 @@ class WeightSpec:
     bits_of: Mapping[str, int] = field(default_factory=dict)
     """Other widths by kind of linear, the last part of its name: {down_proj: 4}."""
 
+    @property
+    def smallest_scale(self) -> float:
+        """The floor of learned and of stored scales: float16's smallest normal number, for other dtypes far less."""
+        return 2.0**-14 if self.scale_dtype == "float16" else 2.0**-60  # squares of it divide gradients in float32
+
     def of_linear(self, name: str) -> WeightSpec:
         """Returns what holds for the linear with this dotted name."""
         return replace(self, bits=self.bits_of.get(name.rpartition(".")[2], self.bits), bits_of={})

@@ -73,6 +73,9 @@ class StartingPoint:
         self._clipping = clipping
         self._transform = transform
         self._activations = activations
+        if parameters is not None and transform is not None and transform.scales is not None:
+            message = "factors that are taken over need no statistics to start from; set it or model.parameters to null"
+            raise ConfigurationError("model.transform.scales", message)
         self._learned: _LearnedFactors | None = None
         self._has_warned = False
         if parameters is not None:

@@ -172,6 +172,8 @@ class TestRefused:
             ("model: {activations: {bits: 16}}", "model.activations.bits: 16"),
             ("model: {clipping: {lr: -1.0}}", "model.clipping.lr: -1.0"),
             ("data: {batch_size: 0}", "data.batch_size: 0"),
+            ("data: {micro_batch_size: 0}", "data.micro_batch_size: 0"),
+            ("data: {batch_size: 2, micro_batch_size: 3}", "data.micro_batch_size: 3"),
             ("model: [", "Problems parsing config"),
             ("- a", "Unexpected config"),
         ],

@@ -80,6 +80,9 @@ class TestStart:
         assert not (tmp_path / "run").exists()
 
     def test_nowhere(self, llama: Path) -> None:
+        both = OmniQuantModel(str(llama), transform=TransformSpec(scales="scales.pt"), parameters="run")
+        with pytest.raises(ConfigurationError, match=r"^model\.transform\.scales: .* or model\.parameters to null"):
+            both.verify()
         model = OmniQuantModel(str(llama), parameters="nowhere")
         with pytest.raises(ConfigurationError, match=r"^model\.parameters: nowhere is not"):
             model.verify()

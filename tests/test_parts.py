@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from omniquant_pl.activations import Storage, Stream, map_stream
 from omniquant_pl.block import BlockModule
+from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.parts import gradients_in_parts, with_gradients
@@ -110,6 +111,26 @@ def test_same_factors(
     assert len(memory.graphs) == 2  # three samples, then two; later blocks know
     assert "2 samples do not fit into memory at once; it goes on with at most 1" in caplog.text
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_fit_computes_as_many_at_once_as_it_says(
+    llama: Path, fit: Fit, token_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    original = BlockModule.loss
+
+    def recorded(module: BlockModule, part: Any) -> Tensor:
+        sizes.append(len(part[0]))
+        return original(module, part)
+
+    monkeypatch.setattr(BlockModule, "loss", recorded)
+    trainer = fit(OmniQuantModel(str(llama)), [], {"batch_size": 3, "micro_batch_size": 1})
+    assert set(sizes) == {1}
+    for micro_batch_size, expected in ((None, {3}), (2, {2, 1})):
+        sizes.clear()
+        data = {"dataset": str(token_files[0]), "samples": 6, "evaluation": [str(token_files[1])], "batch_size": 3}
+        trainer.fit(OmniQuantModel(str(llama)), datamodule=CalibrationData(**data, micro_batch_size=micro_batch_size))
+        assert set(sizes) == expected
 
 
 @pytest.mark.parametrize("in_backward", [False, True])

@@ -139,6 +139,13 @@ class TestEpochs:
         fit(OmniQuantModel(str(llama)), [stop, recorder], max_epochs=5)
         assert recorder.epochs == {0: 2, 1: 2}
 
+    def test_the_least_epochs_are_those_of_every_block(
+        self, llama: Path, fit: Callable[..., SequentialTrainer]
+    ) -> None:
+        stop, recorder = EarlyStopping("loss", patience=1, min_delta=1e9), Recorder()
+        fit(OmniQuantModel(str(llama)), [stop, recorder], max_epochs=5, min_epochs=4)
+        assert recorder.epochs == {0: 4, 1: 4}
+
 
 class PlainLoop:
     """OmniQuant's weight-only calibration as a plain PyTorch loop, written out anew.
@@ -312,6 +319,7 @@ class TestRefused:
             ("precision", 16),
             ("precision", 64),
             ("max_steps", 5),
+            ("min_steps", 5),
             ("max_epochs", -1),
             ("max_epochs", -2),
             ("strategy", "fsdp"),

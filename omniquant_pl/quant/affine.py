@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from omniquant_pl.spec import WeightSpec
 
 __all__ = [
-    "SMALLEST_SCALE",
     "QuantizedWeight",
     "code_limits",
     "from_rows",
@@ -26,10 +25,6 @@ __all__ = [
     "scale_and_zero_point",
     "to_rows",
 ]
-
-
-SMALLEST_SCALE = torch.finfo(torch.float16).tiny
-"""The smallest normal float16, which scales are stored in; learned and stored scales share it as their floor."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +89,24 @@ def _round_straight_through(value: Tensor) -> Tensor:
 
 
 def scale_and_zero_point(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype | None = None
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    symmetric: bool,
+    smallest: float,
+    scale_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the scale and the zero point of a range that contains zero; rounding is straight-through.
 
     With a ``scale_dtype`` the scale is rounded to it first, and the zero point is computed against that, so that what
-    is stored reproduces what was calibrated. The scale is never below :data:`SMALLEST_SCALE`.
+    is stored reproduces what was calibrated.
 
     Args:
         low: Lowest values ``[rows, 1]``, at most 0.
         high: Highest values ``[rows, 1]``, at least 0.
         bits: Code width.
         symmetric: Signed codes and no zero point.
+        smallest: The floor of the scale.
         scale_dtype: The dtype that the scale will be stored in; ``None`` while learning.
 
     Returns:
@@ -113,7 +114,7 @@ def scale_and_zero_point(
     """
     _, highest_code = code_limits(bits, symmetric)
     extent = torch.maximum(-low, high) if symmetric else high - low
-    scale = (extent / highest_code).clamp(min=SMALLEST_SCALE)
+    scale = (extent / highest_code).clamp(min=smallest)
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(low.dtype)
     if symmetric:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omniquant_pl import ops
-from omniquant_pl.quant.affine import SMALLEST_SCALE, code_limits, scale_and_zero_point
+from omniquant_pl.quant.affine import code_limits, scale_and_zero_point
 
 __all__ = ["clipped_fake_quantize"]
 
@@ -31,6 +31,7 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         full_range: tuple[Tensor, Tensor] | None,
         bits: int,
         symmetric: bool,
+        smallest: float,
         offset: Tensor | None,
     ) -> Tensor:
         low_at = high_at = None
@@ -40,11 +41,11 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         low, high = full_range
         gamma = torch.sigmoid(upper)
         beta = gamma if lower is None else torch.sigmoid(lower)
-        scale, zero_point = scale_and_zero_point(low * beta, high * gamma, bits, symmetric)
+        scale, zero_point = scale_and_zero_point(low * beta, high * gamma, bits, symmetric, smallest)
         if offset is not None:
             rows = torch.addcmul(rows, offset, scale)
         ctx.save_for_backward(rows, scale, zero_point, low, high, gamma, beta, low_at, high_at, offset)
-        ctx.bits, ctx.symmetric, ctx.is_shared = bits, symmetric, lower is None
+        ctx.bits, ctx.symmetric, ctx.smallest, ctx.is_shared = bits, symmetric, smallest, lower is None
         return ops.fake_quantize(rows, scale, zero_point, *code_limits(bits, symmetric))
 
     @staticmethod
@@ -60,7 +61,7 @@ class _ClippedFakeQuantize(torch.autograd.Function):
             grad_offset = grad_rows * scale
             grad_scale = grad_scale + (grad_rows * offset).sum(1, keepdim=True)
         clipped_low = low * beta
-        not_floored = scale > SMALLEST_SCALE
+        not_floored = scale > ctx.smallest
         if ctx.symmetric:
             grad_end = torch.where(not_floored, grad_scale / limits[1], 0.0)
             from_high = high * gamma >= -clipped_low
@@ -75,8 +76,8 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         grad_upper = grad_high * high * gamma * (1 - gamma)
         grad_lower = grad_low * low * beta * (1 - beta)
         if ctx.is_shared:
-            return grad_rows, grad_upper + grad_lower, None, None, None, None, grad_offset
-        return grad_rows, grad_upper, grad_lower, None, None, None, grad_offset
+            return grad_rows, grad_upper + grad_lower, None, None, None, None, None, grad_offset
+        return grad_rows, grad_upper, grad_lower, None, None, None, None, grad_offset
 
 
 def clipped_fake_quantize(
@@ -86,6 +87,7 @@ def clipped_fake_quantize(
     full_range: tuple[Tensor, Tensor] | None,
     bits: int,
     symmetric: bool,
+    smallest: float,
     offset: Tensor | None = None,
 ) -> Tensor:
     """Fake-quantizes rows with the shares of their range that clipping keeps (OmniQuant, equation 2).
@@ -98,12 +100,13 @@ def clipped_fake_quantize(
             computes them from the rows and passes gradients to the extremes (to the first of equal ones).
         bits: Code width.
         symmetric: Signed codes and no zero point.
+        smallest: The floor of scales, at which they have no gradient.
         offset: What is added to ``rows / scale`` before it is rounded, ``[rows, columns]``; ``None`` for nothing.
 
     Returns:
         ``[rows, columns]``, differentiable in rows, upper, lower and offset.
     """
     result: Tensor = _ClippedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        rows, upper, lower, full_range, bits, symmetric, offset
+        rows, upper, lower, full_range, bits, symmetric, smallest, offset
     )
     return result

@@ -75,17 +75,18 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor, full_range: RowRange | None = None) -> Tensor:
         """Fake-quantizes a weight ``[out, in]``; ``full_range`` spares computing a constant range again."""
-        bits, symmetric = self.spec.bits, self.spec.symmetric
+        grid = self.spec.bits, self.spec.symmetric
         rows = to_rows(weight, self.group_size)
         offset = None if self.offset is None else to_rows(self.offset, self.group_size)
         if self.upper is None:
-            scale, zero_point = scale_and_zero_point(*(full_range or row_range(rows)), bits, symmetric)
+            scale, zero_point = scale_and_zero_point(*(full_range or row_range(rows)), *grid, self.spec.smallest_scale)
             if offset is not None:
                 rows = torch.addcmul(rows, offset, scale)
-            result = fake_quantize(rows, scale, zero_point, *code_limits(bits, symmetric))
+            result = fake_quantize(rows, scale, zero_point, *code_limits(*grid))
         else:
             lower = None if self.lower is None else self.lower.view(-1, 1)
-            result = clipped_fake_quantize(rows, self.upper.view(-1, 1), lower, full_range, bits, symmetric, offset)
+            upper, smallest = self.upper.view(-1, 1), self.spec.smallest_scale
+            result = clipped_fake_quantize(rows, upper, lower, full_range, *grid, smallest, offset)
         return from_rows(result, *self.shape)
 
     @torch.no_grad()
@@ -99,7 +100,8 @@ class WeightQuantizer(nn.Module):
         """Returns scale and zero point of a transformed weight ``[out, in]`` as they are stored, ``[out, groups]``."""
         clipped = self._clipped(self.range_of(weight))
         scale_dtype: torch.dtype = getattr(torch, self.spec.scale_dtype)
-        scale, zero_point = scale_and_zero_point(*clipped, self.spec.bits, self.spec.symmetric, scale_dtype)
+        spec = self.spec
+        scale, zero_point = scale_and_zero_point(*clipped, spec.bits, spec.symmetric, spec.smallest_scale, scale_dtype)
         scale = scale.view(self.shape[0], -1).to(scale_dtype)
         return scale, None if self.spec.symmetric else zero_point.view(self.shape[0], -1).to(torch.uint8)
 

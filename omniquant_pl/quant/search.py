@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from omniquant_pl.quant.affine import code_limits, row_range, scale_and_zero_point, to_rows
+from omniquant_pl.quant.affine import code_limits, group_size_of, row_range, scale_and_zero_point, to_rows
 from omniquant_pl.quant.fake_quantize import fake_quantize
+from omniquant_pl.spec import WeightSpec
 
 __all__ = ["FULL_RANGE_LOGIT", "activation_aware_scales", "best_scale", "clipping_logit", "search_clipping"]
 
@@ -88,9 +89,7 @@ def best_scale(
 def search_clipping(
     weight: Tensor,
     inputs: Tensor,
-    group_size: int,
-    bits: int,
-    symmetric: bool,
+    spec: WeightSpec,
     *,
     points: int = 20,
     smallest: float = 0.5,
@@ -103,9 +102,7 @@ def search_clipping(
     Args:
         weight: ``[out, in]`` float32, transformed already.
         inputs: A sample of tokens ``[tokens, in]`` float32 as they meet that weight.
-        group_size: Input channels that share a scale; the last group may be shorter.
-        bits: Code width.
-        symmetric: Signed codes and no zero point.
+        spec: How the weight is quantized.
         points: Shares that are compared, from 1 downwards.
         smallest: The smallest share.
 
@@ -113,9 +110,9 @@ def search_clipping(
         Shares ``[out, groups]``; of equal ones the largest.
     """
     shares = torch.linspace(1.0, smallest, points).tolist()
-    tokens = _compact_groups(inputs, group_size)
+    tokens = _compact_groups(inputs, group_size_of(spec, weight.shape[1]))
     parts = weight.split(max(1, _CHUNK // weight.shape[1]))
-    return torch.cat([_best_shares(part, tokens, group_size, bits, symmetric, shares) for part in parts])
+    return torch.cat([_best_shares(part, tokens, spec, shares) for part in parts])
 
 
 def _compact_groups(inputs: Tensor, group_size: int) -> Tensor:
@@ -124,17 +121,16 @@ def _compact_groups(inputs: Tensor, group_size: int) -> Tensor:
     return torch.linalg.qr(groups, mode="r").R if len(inputs) > group_size else groups
 
 
-def _best_shares(
-    weight: Tensor, tokens: Tensor, group_size: int, bits: int, symmetric: bool, shares: Sequence[float]
-) -> Tensor:
+def _best_shares(weight: Tensor, tokens: Tensor, spec: WeightSpec, shares: Sequence[float]) -> Tensor:
     """Returns the best of the shares ``[out, groups]``; ``tokens`` is ``[groups, tokens, group_size]``."""
+    group_size, grid = tokens.shape[2], (spec.bits, spec.symmetric)
     rows = to_rows(weight, group_size)
     low, high = row_range(rows)
     best = rows.new_ones(len(weight), len(tokens))
     least = torch.full_like(best, torch.inf)
     for share in shares:
-        scale, zero_point = scale_and_zero_point(low * share, high * share, bits, symmetric)
-        error = fake_quantize(rows, scale, zero_point, *code_limits(bits, symmetric)) - rows
+        scale, zero_point = scale_and_zero_point(low * share, high * share, *grid, spec.smallest_scale)
+        error = fake_quantize(rows, scale, zero_point, *code_limits(*grid)) - rows
         grouped = error.view(len(weight), -1, group_size).transpose(0, 1)  # [groups, out, group_size]
         power = (grouped @ tokens.mT).square().sum(2).T  # [out, groups]
         best = torch.where(power < least, share, best)

@@ -65,6 +65,8 @@ def refuse_trainer(trainer: Trainer) -> None:
         )
     if trainer.max_steps != -1:
         raise ConfigurationError("trainer.max_steps", "steps are not counted across blocks; use trainer.max_epochs")
+    if trainer.min_steps is not None:
+        raise ConfigurationError("trainer.min_steps", "steps are not counted across blocks; use trainer.min_epochs")
     _refuse_lonely(trainer)
 
 

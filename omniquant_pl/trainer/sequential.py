@@ -54,6 +54,9 @@ from omniquant_pl.trainer.testing import measure_run
 
 __all__ = ["SequentialTrainer"]
 
+_COUNTED = ("max_epochs", "min_epochs")
+"""What Lightning counts over all blocks."""
+
 
 class SequentialTrainer(RunTrainer):
     """Calibrates the blocks of a model in order; ``max_epochs`` counts the epochs of one block.
@@ -68,7 +71,7 @@ class SequentialTrainer(RunTrainer):
 
     def __init__(self, *, max_epochs: int = 20, **options: Any) -> None:
         super().__init__(max_epochs=max_epochs, **options)
-        self.epochs_per_block = max_epochs
+        self.epochs_per_block, self._least_epochs = max_epochs, self.min_epochs
         self.interruption = Interruption(self._agree)
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
@@ -184,8 +187,9 @@ class SequentialTrainer(RunTrainer):
 
     def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
         """Everything that decides what is learned, but for the model files and the tokens."""
-        names = [name for name in DECIDING_TRAINER_KEYS if name != "max_epochs"]  # Lightning's counts all blocks
-        own = {"epochs_per_block": self.epochs_per_block} | {name: getattr(self, name) for name in names}
+        names = [name for name in DECIDING_TRAINER_KEYS if name not in _COUNTED]
+        counted = {"epochs_per_block": self.epochs_per_block, "min_epochs": self._least_epochs}
+        own = counted | {name: getattr(self, name) for name in names}
         given = {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
         if data.micro_batch_size is not None:  # runs that do not know the option go on
             given["micro_batch_size"] = data.micro_batch_size
@@ -270,6 +274,7 @@ class SequentialTrainer(RunTrainer):
         self.fit_loop.max_epochs = self.first_epoch + self.epochs_per_block
         if resume is not None:
             self.first_epoch, self.fit_loop.max_epochs = resume[1]["first_epoch"], resume[1]["max_epochs"]
+        self.fit_loop.min_epochs = self.first_epoch + (self._least_epochs or 0)
         batches.sampler.start_block(self.first_epoch)
         block.steps = self._steps(len(batches))
         # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.

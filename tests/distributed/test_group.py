@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from processes import together
@@ -71,6 +72,20 @@ def gradients(rank: int) -> list[Any]:
 
 def test_gradients_are_sums_and_stay_away_where_no_process_has_one() -> None:
     assert together(gradients, 2) == [[2.0, [3.0, 6.0], [4.0, 6.0], None]] * 2
+
+
+def large_and_shared(rank: int) -> list[Any]:
+    """Two parameters have been given one gradient, which is too large to travel with others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("omniquant_pl.distributed.gradients._LARGE", 4)
+        parameters = [nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+        shared = torch.ones(1, 1).expand(2, 2) * (rank + 1)
+        _, totals = add_gradients(torch.zeros(()), [shared, shared], parameters, connect().data)
+        return [total.tolist() for total in totals if total is not None]
+
+
+def test_large_gradients_are_added_up_once_each() -> None:
+    assert together(large_and_shared, 2) == [[[[3.0, 3.0], [3.0, 3.0]]] * 2] * 2
 
 
 def refusal(rank: int) -> str:

@@ -16,6 +16,7 @@ from processes import slurm, together
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from omniquant_pl.block import BlockModule
 from omniquant_pl.callbacks import (
     CheckpointCallback,
     ExportCallback,
@@ -32,6 +33,7 @@ from omniquant_pl.trainer import SequentialTrainer
 Fit = Callable[..., SequentialTrainer]
 
 SCHEMES: dict[str, dict[str, Any]] = {
+    "weights": {"weights": WeightSpec(bits=3)},
     "w4a4": {"activations": ActivationSpec(bits=4), "transform": TransformSpec(), "aug_loss": True},
     "searched": {"transform": TransformSpec(initial="awq", mlp=True), "clipping": ClippingSpec(search=True)},
     "learned": {"rounding": "learned", "schedule": ScheduleSpec(decay="linear")},
@@ -107,11 +109,36 @@ def test_samples_computed_alone_give_the_factors_of_one_process(
     fit: Fit, llama: Path, tmp_path: Path, scheme: str
 ) -> None:
     """Sums in another order would be other numbers, which rounding of activations makes worse."""
-    options = {"data": {"batch_size": 4, "micro_batch_size": 1, "shuffle": True}, "max_epochs": 4, "scheme": scheme}
-    calibrate(fit, llama, tmp_path / "one", **options)
-    assert together(lambda rank: calibrate(fit, llama, tmp_path / "two", 2, **options), 2) == [None, None]
+    options: dict[str, Any] = {"max_epochs": 4, "scheme": scheme}
+
+    def run(name: str, devices: int = 1) -> None:
+        data = {"batch_size": 4, "micro_batch_size": 1, "shuffle": True}
+        calibrate(fit, llama, tmp_path / name, devices, data=data, callbacks=[KeepBestState()], **options)
+
+    run("one")
+    assert together(lambda rank: run("two", 2), 2) == [None, None]
     assert not any(differences(tmp_path / "one", tmp_path / "two").values())
     np.testing.assert_allclose(numbers(tmp_path / "one"), numbers(tmp_path / "two"), rtol=1e-7)
+
+
+def test_memory_that_runs_out_in_one_process(fit: Fit, llama: Path, tmp_path: Path) -> None:
+    """It takes less at once, and the other does not wait for it in vain."""
+    forward = BlockModule.forward
+
+    def short(module: BlockModule, hidden: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and len(hidden) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return forward(module, hidden)
+
+    def run(rank: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(BlockModule, "forward", short)
+            calibrate(fit, llama, tmp_path / "two", 2, scheme="weights", data={"batch_size": 4})
+
+    calibrate(fit, llama, tmp_path / "one", scheme="weights", data={"batch_size": 4})
+    assert together(run, 2) == [None, None]
+    assert max(differences(tmp_path / "one", tmp_path / "two").values()) < 1e-5
 
 
 @pytest.mark.parametrize("stitched", [{}, {"stitch_epochs": 1}], ids=["drafts", "stitched"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -123,9 +125,26 @@ def test_a_ragged_group_is_padded_without_changing_its_range() -> None:
 @pytest.mark.parametrize("scale_dtype", [None, torch.float16])
 def test_a_zero_group_has_a_normal_scale_while_learning_and_stored(scale_dtype: torch.dtype | None) -> None:
     zeros = torch.zeros(1, 1)
-    scale, zero_point = scale_and_zero_point(zeros, zeros, 4, False, scale_dtype)
+    scale, zero_point = scale_and_zero_point(zeros, zeros, 4, False, WeightSpec().smallest_scale, scale_dtype)
     assert float(scale) == pytest.approx(torch.finfo(torch.float16).tiny)
     assert float(zero_point) == 0.0
+
+
+@pytest.mark.parametrize(("scale_dtype", "error"), [("float16", 1e-2), ("bfloat16", 4e-3), ("float32", 4e-3)])
+@pytest.mark.parametrize("clipping", [None, ClippingSpec(initial=20.0)])
+def test_small_weights_need_small_scales(
+    scale_dtype: Literal["float16", "bfloat16", "float32"], error: float, clipping: ClippingSpec | None
+) -> None:
+    """Float16 has none for 8 bits of them; the others are as exact as for large ones, learned and stored."""
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) / 1000
+    quantizer = WeightQuantizer(WeightSpec(8, scale_dtype=scale_dtype), (4, 64), clipping)
+    for found in (quantizer(weight).detach(), quantizer.quantize(weight).dequantize()):
+        relative = float((found - weight).norm() / weight.norm())
+        assert error / 4 < relative < 2 * error
+    zeros = torch.zeros(4, 64)
+    quantizer(zeros).sum().backward() if clipping else None
+    assert not quantizer.quantize(zeros).dequantize().any()
+    assert all(bool(each.grad.isfinite().all()) for each in quantizer.parameters() if each.grad is not None)
 
 
 def test_stored_bits_counts_codes_scales_and_zero_points() -> None:

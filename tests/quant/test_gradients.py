@@ -195,7 +195,7 @@ def test_the_function_of_rows_has_the_gradients_of_the_formula(symmetric: bool) 
     )
     arguments = [rows, upper, offset] if symmetric else [rows, upper, lower, offset]
     upstream, end = random(7, 12, seed=5), None if symmetric else lower
-    found = clipped_fake_quantize(rows, upper, end, None, 3, symmetric, offset)
+    found = clipped_fake_quantize(rows, upper, end, None, 3, symmetric, 2**-14, offset)
     expected = _written_out(rows, WeightSpec(3, symmetric=symmetric), upper, end, offset)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradients = (torch.autograd.grad(result, arguments, upstream) for result in (found, expected))

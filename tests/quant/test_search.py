@@ -132,7 +132,7 @@ def test_scales_of_degenerate_inputs_are_finite_and_positive(inputs: Tensor) -> 
     weights = random_weights(1, (4, inputs.shape[1]))
     spec = WeightSpec(4)
     assert 0 <= best_scale(candidates, weights, inputs, quantizers_of(spec, weights)) < 21
-    shares = search_clipping(weights[0], inputs, 4, 4, symmetric=False)
+    shares = search_clipping(weights[0], inputs, WeightSpec(4, 4))
     assert shares.isfinite().all()
     assert (shares >= 0.5).all()
     assert (shares <= 1).all()
@@ -161,7 +161,7 @@ def test_shares_are_the_best_for_the_outputs_of_each_group(
     bits: int, group: int, symmetric: bool, shape: tuple[int, int], tokens: int, seed: int
 ) -> None:
     (weight,), inputs = random_weights(seed, shape), with_outliers(tokens, shape[1], seed)
-    shares = search_clipping(weight, inputs, group, bits, symmetric, points=6, smallest=0.4)
+    shares = search_clipping(weight, inputs, WeightSpec(bits, group, symmetric), points=6, smallest=0.4)
     assert shares.shape == (shape[0], -(-shape[1] // group))
     grid = np.linspace(1, 0.4, 6)
     W, X = weight.double().numpy(), inputs.double().numpy()
@@ -182,7 +182,7 @@ def test_clipping_lowers_the_output_error_of_a_weight_with_outliers() -> None:
     weight[:, 5] *= 4
     inputs[:, 5] *= 0.1
     plain, clipped = (WeightQuantizer(WeightSpec(3, 32), (16, 64), spec) for spec in (None, ClippingSpec()))
-    shares = search_clipping(weight, inputs, 32, 3, symmetric=False)
+    shares = search_clipping(weight, inputs, WeightSpec(3, 32))
     assert clipped.upper is not None
     assert clipped.lower is not None
     with torch.no_grad():
@@ -197,9 +197,9 @@ def test_clipping_lowers_the_output_error_of_a_weight_with_outliers() -> None:
 
 def test_rows_are_searched_in_parts_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     (weight,), inputs = random_weights(4, (13, 30)), with_outliers(40, 30, 4)
-    whole = search_clipping(weight, inputs, 8, 3, symmetric=True)
+    whole = search_clipping(weight, inputs, WeightSpec(3, 8, symmetric=True))
     monkeypatch.setattr("omniquant_pl.quant.search._CHUNK", 90)
-    assert torch.equal(search_clipping(weight, inputs, 8, 3, symmetric=True), whole)
+    assert torch.equal(search_clipping(weight, inputs, WeightSpec(3, 8, symmetric=True)), whole)
     assert len(whole.unique()) > 3
 
 
