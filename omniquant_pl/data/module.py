@@ -15,7 +15,7 @@ from omniquant_pl.data.sources import dataset_key, is_path, read_text
 from omniquant_pl.data.text import Role, key_of
 from omniquant_pl.data.tokens import check_vocabulary, encode, read_tokens
 from omniquant_pl.data.windows import (
-    WindowSpec,
+    CutSpec,
     chunk,
     first_windows,
     sample_documents,
@@ -159,18 +159,18 @@ class CalibrationData(LightningDataModule):
         check_vocabulary(windows, name, self._bound.vocabulary_size, role)
         return windows
 
-    def _spec(self, name: str, role: Role) -> WindowSpec:
+    def _spec(self, name: str, role: Role) -> CutSpec:
         length = self.sequence_length or min(_LONGEST_DEFAULT, self._bound.positions)
-        return WindowSpec(name, role, self.samples, length, self._bound.seed)
+        return CutSpec(name, role, self.samples, length, self._bound.seed)
 
-    def _windows_of_tokens(self, spec: WindowSpec) -> Tensor:
+    def _windows_of_tokens(self, spec: CutSpec) -> Tensor:
         tokens = read_tokens(resolve(spec.name, spec.role), spec.role)
         if tokens.ndim == 1:
             return _cut(tokens, spec)
         _check_length(tokens.shape[1], self._bound.positions, f" (the width of '{spec.name}')")
         return first_windows(tokens, spec) if spec.role == "calibration" else tokens
 
-    def _windows_of_text(self, spec: WindowSpec) -> Tensor:
+    def _windows_of_text(self, spec: CutSpec) -> Tensor:
         tokenizer = self._bound.tokenizer
         if tokenizer is None:
             message = (
@@ -186,7 +186,7 @@ class CalibrationData(LightningDataModule):
         return sample_documents(partial(encode, tokenizer), text.documents, spec)
 
 
-def _cut(tokens: Tensor, spec: WindowSpec) -> Tensor:
+def _cut(tokens: Tensor, spec: CutSpec) -> Tensor:
     """A stream [tokens] into random windows to calibrate on, or adjacent ones to evaluate."""
     return sample_stream(tokens, spec) if spec.role == "calibration" else chunk(tokens, spec)
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from omniquant_pl.data.text import Role, key_of
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["WindowSpec", "chunk", "first_windows", "sample_documents", "sample_stream"]
+__all__ = ["CutSpec", "chunk", "first_windows", "sample_documents", "sample_stream"]
 
 _LEAST_DRAWS = 1000
 
 
 @dataclass(frozen=True)
-class WindowSpec:
+class CutSpec:
     """Which windows are cut, and for whom."""
 
     name: str
@@ -37,7 +37,7 @@ class WindowSpec:
     """Of the random draws."""
 
 
-def sample_stream(tokens: Tensor, spec: WindowSpec) -> Tensor:
+def sample_stream(tokens: Tensor, spec: CutSpec) -> Tensor:
     """Cut random windows from one stream.
 
     Args:
@@ -56,7 +56,7 @@ def sample_stream(tokens: Tensor, spec: WindowSpec) -> Tensor:
     return torch.stack([_random_window(tokens, spec, draws) for _ in range(spec.samples)])
 
 
-def sample_documents(encode: Callable[[str], Tensor], documents: Sequence[str], spec: WindowSpec) -> Tensor:
+def sample_documents(encode: Callable[[str], Tensor], documents: Sequence[str], spec: CutSpec) -> Tensor:
     """Cut random windows, each from a random document that is longer than a window.
 
     Args:
@@ -79,7 +79,7 @@ def sample_documents(encode: Callable[[str], Tensor], documents: Sequence[str], 
     return torch.stack(windows)
 
 
-def chunk(tokens: Tensor, spec: WindowSpec) -> Tensor:
+def chunk(tokens: Tensor, spec: CutSpec) -> Tensor:
     """Cut a stream into all its adjacent windows; the tail is dropped.
 
     Args:
@@ -98,7 +98,7 @@ def chunk(tokens: Tensor, spec: WindowSpec) -> Tensor:
     return tokens[: windows * spec.length].view(windows, spec.length)
 
 
-def first_windows(windows: Tensor, spec: WindowSpec) -> Tensor:
+def first_windows(windows: Tensor, spec: CutSpec) -> Tensor:
     """The first windows of a file, in order.
 
     Args:
@@ -117,7 +117,7 @@ def first_windows(windows: Tensor, spec: WindowSpec) -> Tensor:
     return windows[: spec.samples]
 
 
-def _random_window(tokens: Tensor, spec: WindowSpec, draws: random.Random) -> Tensor:
+def _random_window(tokens: Tensor, spec: CutSpec, draws: random.Random) -> Tensor:
     start = draws.randint(0, len(tokens) - spec.length - 1)
     return tokens[start : start + spec.length]
 
@@ -125,7 +125,7 @@ def _random_window(tokens: Tensor, spec: WindowSpec, draws: random.Random) -> Te
 def _long_document(
     encode: Callable[[str], Tensor],
     documents: Sequence[str],
-    spec: WindowSpec,
+    spec: CutSpec,
     draws: random.Random,
 ) -> Tensor:
     """A random document that is longer than a window, int64 [tokens]."""
@@ -138,7 +138,7 @@ def _long_document(
     raise _too_short(f"the longest document found in '{spec.name}' has {longest} tokens", spec)
 
 
-def _too_short(found: str, spec: WindowSpec) -> ConfigurationError:
+def _too_short(found: str, spec: CutSpec) -> ConfigurationError:
     wanted = f"data.samples={spec.samples} windows" if spec.role == "calibration" else "windows"
     message = (
         f"{found}, too few for {wanted} of data.sequence_length={spec.length};"

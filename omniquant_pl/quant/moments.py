@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from omniquant_pl.quant.observers import observe
 
 __all__ = ["InputMoment", "InputSample", "observe_moments", "observe_samples"]
 
@@ -100,25 +101,6 @@ class InputSample:
 
 
 @contextmanager
-def _observe(module: nn.Module, names: Iterable[str], record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hands the first argument of named submodules to ``record``, unless it holds no token."""
-
-    def hook_for(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0].numel() > 0:
-                record(name, args[0].detach())
-
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def observe_moments(
     module: nn.Module, names: Iterable[str], transform: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[dict[str, InputMoment]]:
@@ -144,7 +126,7 @@ def observe_moments(
             moments[name] = InputMoment(values.shape[-1], values.device)
         moments[name].add(values if transform is None else transform(values))
 
-    with _observe(module, names, record):
+    with observe(module, names, record):
         yield moments
 
 
@@ -171,5 +153,5 @@ def observe_samples(
             samples[name] = InputSample(values.shape[-1], size, seed, values.device, share)
         samples[name].add(values)
 
-    with _observe(module, names, record):
+    with observe(module, names, record):
         yield samples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelRange", "observe_inputs"]
+__all__ = ["ChannelRange", "observe", "observe_inputs"]
 
 
 @dataclass
@@ -58,18 +58,36 @@ def observe_inputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str
     """
     ranges: dict[str, ChannelRange] = {}
 
+    def record(name: str, values: Tensor) -> None:
+        if name in ranges:
+            ranges[name].extend(values)
+        else:
+            ranges[name] = ChannelRange.of(values)
+
+    with observe(module, names, record):
+        yield ranges
+
+
+@contextmanager
+def observe(module: nn.Module, names: Iterable[str], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hands the first argument of submodules to a function for as long as the context lasts.
+
+    Args:
+        module: The module that holds them.
+        names: Their dotted names.
+        record: Gets the name and the argument, unless that holds no token.
+    """
+
     def hook_for(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in ranges:
-                ranges[name].extend(args[0])
-            else:
-                ranges[name] = ChannelRange.of(args[0])
+            if args[0].numel() > 0:
+                record(name, args[0].detach())
 
         return hook
 
     handles = [module.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     try:
-        yield ranges
+        yield
     finally:
         for handle in handles:
             handle.remove()

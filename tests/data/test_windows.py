@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniquant_pl.data.windows import (
-    WindowSpec,
+    CutSpec,
     chunk,
     first_windows,
     sample_documents,
@@ -20,7 +20,7 @@ from omniquant_pl.data.windows import (
 from omniquant_pl.errors import ConfigurationError
 
 
-def spec(**changes: object) -> WindowSpec:
+def spec(**changes: object) -> CutSpec:
     values: dict[str, object] = {
         "name": "corpus",
         "role": "calibration",
@@ -28,7 +28,7 @@ def spec(**changes: object) -> WindowSpec:
         "length": 4,
         "seed": 2,
     }
-    return WindowSpec(**(values | changes))  # type: ignore[arg-type]
+    return CutSpec(**(values | changes))  # type: ignore[arg-type]
 
 
 def lengths(text: str) -> Tensor:
