@@ -55,7 +55,7 @@ class OmniQuantModel(LightningModule):
         output_loss: Loss of the last block. mse: as every block; kl: divergence of the model's predictions.
         schedule: How the learning rates change over the steps of a block.
         weight_decay: AdamW weight decay of all factors.
-        compile: Compile the steps by torch.compile, once for all blocks that are alike: most of a minute at first, and
+        compile: Compile the steps by torch.compile, once for all blocks that are alike: half a minute at first, and
             shorter steps from then on. Their gradients differ by rounding.
         activation_dtype: What the hidden states between blocks are stored in; null: bfloat16 if the checkpoint is, else
             float32.
