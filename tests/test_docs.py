@@ -99,4 +99,4 @@ class TestAddingAFamily:
         if "--config w8a8.yaml" in command:
             assert perplexity["quantized"] == pytest.approx(perplexity["full_precision"], rel=0.02)
         else:
-            assert metrics["scheme"] == "w4a16"
+            assert metrics["scheme"] == "w4a4"
