@@ -21,6 +21,17 @@ from omniquant_pl.cli import run
 ROOT = Path(__file__).parents[1]
 
 
+def test_links_to_the_benchmarks_find_their_heading() -> None:
+    """A page on the site, a folder where the repository is read: nothing else looks at them."""
+    shown = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w]+", "-", found.lower()) for found in re.findall(r"^#+ (.*)$", shown, re.MULTILINE)}
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    linked = set(re.findall(r"\]\(\.\./benchmarks/#([\w-]+)\)", pages))
+    assert linked
+    assert linked <= headings
+    assert "(../benchmarks/README.md" not in pages
+
+
 class TestAddingAFamily:
     PAGE = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
 

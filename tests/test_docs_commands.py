@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from importlib.metadata import entry_points, metadata
@@ -13,13 +14,19 @@ from documented import COMMANDS, PAGES, ROOT, Command
 from lightning.pytorch.cli import LightningArgumentParser
 
 from omniquant_pl import cli
+from omniquant_pl.cluster import BlockTimes, Job, plan
+from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.trainer.refusals import chosen_strategy
 
 EXTRAS = set(metadata("omniquant-pl").get_all("Provides-Extra", []))
 SCRIPTS = {script.name: script for script in entry_points(group="console_scripts")}
 OURS = [command for command in COMMANDS if command.words[:2] == ["python", "train.py"]]
 OTHERS = [command for command in COMMANDS if command not in OURS]
 LAUNCHED = [command for command in COMMANDS if command.words[0] in ("torchrun", "sbatch")]
+TINY_LLAMA = json.loads((ROOT / "omniquant_pl" / "models" / "tiny-llama" / "config.json").read_text())
+BLOCKS = {"tiny-llama": TINY_LLAMA["num_hidden_layers"], "docs/llama-2-70b.md": 80}
+LEAST_BLOCKS = 32  # of a FOLDER on any other page
 TUTORIAL = [command.words[2:] for command in OURS if command.page == "docs/tutorial.md"]
 
 
@@ -49,17 +56,40 @@ def parser() -> LightningArgumentParser:
 
 
 @pytest.fixture
-def build(parser: LightningArgumentParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def build(parser: LightningArgumentParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Parses a command line and builds everything but the trainer; nothing is read or written."""
     monkeypatch.chdir(tmp_path)
 
-    def build(words: list[str], needs: str = "") -> None:
+    def build(words: list[str], needs: str = "") -> Any:
         config = parser.parse_args(cli._with_config_paths(with_presets(words)))
         if needs != "tensorboard":
-            parser.instantiate(config)
+            config = parser.instantiate(config)
         assert list(tmp_path.iterdir()) == []
+        return config[words[0]]
 
     return build
+
+
+def share_out(page: str, subcommand: str, settings: Any, devices: int | None = None, nodes: int | None = None) -> None:
+    """Refuses what the program would: segments, samples and steps that do not go into devices or blocks."""
+    if subcommand not in ("fit", "plan"):
+        return
+    trainer, data = settings.trainer, settings.data
+    if subcommand == "plan":
+        devices, nodes, segments = settings.devices, settings.nodes, settings.segments
+    else:
+        given = BLOCKS["tiny-llama"] if trainer.devices == "auto" else int(trainer.devices)
+        devices, nodes, segments = devices or given, nodes or trainer.num_nodes, None
+    strategy = chosen_strategy(vars(trainer))
+    if isinstance(strategy, BlockParallelStrategy):
+        segments = segments or strategy.segments
+    elif isinstance(strategy, DataParallelStrategy):
+        segments = 1
+    if subcommand == "fit" and segments is None:
+        segments = devices * nodes
+    blocks = BLOCKS.get(settings.model.path) or BLOCKS.get(page, LEAST_BLOCKS)
+    job = Job((1,) * blocks, data.samples, 1, 1, data.batch_size, 1)
+    plan(job, BlockTimes(1, 1, 1, 1), devices, nodes, segments)
 
 
 def test_pages_have_commands() -> None:
@@ -70,7 +100,7 @@ def test_pages_have_commands() -> None:
 
 
 @pytest.mark.parametrize("command", OURS, ids=str)
-def test_command_is_accepted(command: Command, build: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_is_accepted(command: Command, build: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     words = command.words[2:]
     if command.needs == "refused":
         with pytest.raises(ConfigurationError) as refused:
@@ -83,16 +113,34 @@ def test_command_is_accepted(command: Command, build: Callable[..., None], capsy
         assert stopped.value.code == 0
         assert "model" in capsys.readouterr().out
     else:
-        build(words, command.needs)
+        share_out(command.page, words[0], build(words, command.needs))
 
 
 @pytest.mark.parametrize("command", LAUNCHED, ids=str)
-def test_what_a_launcher_hands_on_is_accepted(command: Command, build: Callable[..., None]) -> None:
+def test_what_a_launcher_hands_on_is_accepted(command: Command, build: Callable[..., Any]) -> None:
     """The script for SLURM puts `fit` in front of its arguments."""
     script = "train.py" if command.words[0] == "torchrun" else "configs/cluster/slurm.sbatch"
-    assert (ROOT / script).is_file()
-    handed_on = command.words[command.words.index(script) + 1 :]
-    build(handed_on if command.words[0] == "torchrun" else ["fit", *handed_on])
+    place = command.words.index(script)
+    handed_on = command.words[place + 1 :]
+    if command.words[0] == "torchrun":
+        share_out(command.page, handed_on[0], build(handed_on))
+        return
+    options = [*(ROOT / script).read_text().splitlines(), *command.words[1:place]]
+    found = dict(match.groups() for match in map(re.compile(r"(?:#SBATCH )?--([\w-]+)=(\d+)$").match, options) if match)
+    share_out(command.page, "fit", build(["fit", *handed_on]), int(found["ntasks-per-node"]), int(found["nodes"]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fit --config w3a16.yaml --trainer.devices 8 --trainer.strategy block_parallel",
+        "fit --config w4a4.yaml --trainer.devices 8",
+        "plan --config w4a4.yaml --devices 8 --nodes 4",
+    ],
+)
+def test_what_devices_cannot_share_is_refused(words: str, build: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"data.batch_size|segments"):
+        share_out("README.md", words.split()[0], build(words.split()))
 
 
 def _is_sound(command: Command) -> bool:
