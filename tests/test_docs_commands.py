@@ -33,7 +33,7 @@ TUTORIAL = [command.words[2:] for command in OURS if command.page == "docs/tutor
 def with_presets(words: list[str]) -> list[str]:
     """The configuration of a run in the place that its preset gives it is that preset's."""
     found = [re.sub(r"^(?:runs/)?([\w/-]+)/config\.yaml$", r"\1.yaml", word) for word in words]
-    return ["w4a4.yaml" if word in ("RUN.yaml", "factors.yaml", "vllm.yaml") else word for word in found]
+    return ["w4a4.yaml" if word in ("RUN.yaml", "factors.yaml", "symmetric.yaml") else word for word in found]
 
 
 @pytest.fixture(scope="module")
