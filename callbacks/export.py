@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from omniquant_pl.export import Export, FormatName, StorageDtype, open_format
+from omniquant_pl.export import Export, FormatName, StorageDtype, open_format, refuse_target
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
@@ -41,7 +41,10 @@ class ExportCallback(CalibrationCallback):
 
     @override
     def on_ready(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        self._open(model)
+        assert isinstance(trainer, SequentialTrainer)
+        if self._open(model) is not None:
+            run = trainer.run_folder
+            refuse_target(run.model, run.path, model.source.folder, "trainer.default_root_dir")
 
     @override
     def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from omniquant_pl.cli import quieten, run
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.export import refuse_target
 from omniquant_pl.presets import find_config
 
 __all__ = ["quantize"]
@@ -51,10 +52,11 @@ def quantize(
         ``(code - zero point) * scale``. Activations are not quantized, whatever the scheme.
 
     Raises:
-        ConfigurationError: If the scheme, a setting, the model or the text cannot be used.
+        ConfigurationError: If the scheme, a setting, the model, the text or the run folder cannot be used.
     """
     with _folder(output) as folder:
         source = folder / "original"
+        refuse_target(folder / "model", folder, Path(model.name_or_path or source), "output")
         model.save_pretrained(source)
         if tokenizer is not None:
             tokenizer.save_pretrained(source)

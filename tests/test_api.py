@@ -102,3 +102,14 @@ def test_random_numbers_go_on_as_if_nothing_had_happened(
 def test_refused(llama: Path, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         quantize(load(llama), settings=QUICK, **arguments)
+
+
+def test_a_run_folder_whose_export_would_replace_something_is_refused(llama: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "models" / "model" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    for output in (tmp_path / "models", llama):
+        with pytest.raises(ConfigurationError, match=rf"^output: {output / 'model'} "):
+            quantize(load(llama), settings=QUICK, output=output)
+        assert not (output / "original").exists()
+    assert mine.exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
@@ -102,3 +103,68 @@ class TestRefusedBeforeWork:
         (tmp_path / "file").touch()
         expected = f"output: {tmp_path / 'file' / 'out'} cannot be made: Not a directory"
         assert message(output=tmp_path / "file" / "out") == expected
+
+    @pytest.mark.parametrize("place", ["run", ".", "..", "run/blocks", "model", "model/deeper", "model/.."])
+    def test_a_folder_that_holds_the_run_or_the_model(
+        self,
+        place: str,
+        llama: Path,
+        message: Callable[..., str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        output = Path(place) if place.partition("/")[0] != "model" else llama / Path(place).relative_to("model")
+        before = {path: path.read_bytes() for path in (*tmp_path.rglob("*"), *llama.iterdir()) if path.is_file()}
+        refusal = message(output=output)
+        assert refusal.startswith(f"output: {output} ")
+        assert "take one that is new or empty, or holds an earlier export alone" in refusal
+        assert {path: path.read_bytes() for path in before} == before
+        assert not (llama / "deeper").exists()
+
+    @pytest.mark.parametrize("name", ["notes.txt", "README.md", "other/model.safetensors"])
+    def test_a_folder_of_somebody_else(self, name: str, message: Callable[..., str], tmp_path: Path) -> None:
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("not an export")
+        assert message(output=tmp_path / "mine").startswith(f"output: {tmp_path / 'mine'} holds something else")
+        assert path.read_text() == "not an export"
+
+    def test_a_file(self, message: Callable[..., str], tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("not an export")
+        assert "holds something else" in message(output=tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "not an export"
+
+    def test_an_export_that_somebody_has_put_folders_into(self, export: Export, tmp_path: Path) -> None:
+        export("hf")
+        (tmp_path / "out" / "runs").mkdir()
+        with pytest.raises(ConfigurationError, match="holds something else than an earlier export"):
+            export("hf")
+
+
+@pytest.mark.parametrize("format_name", ["hf", "packed", "factors"])
+def test_an_earlier_export_is_replaced(format_name: str, export: Export) -> None:
+    for _ in range(2):
+        folder = export(format_name)
+        assert not (folder / "of_the_first").exists()
+        (folder / "of_the_first").touch()
+
+
+def test_an_empty_folder_and_one_of_an_earlier_release_are_taken(export: Export, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "README.md").write_text("# llama\n\nCalibrated with omniquant-pl (learned clipping) on 6 samples.\n")
+    (old / "model-00001-of-00002.safetensors").touch()
+    for folder in (tmp_path / "empty", old):
+        assert load_file(export("hf", output=folder) / "model.safetensors")
+    assert not (old / "model-00001-of-00002.safetensors").exists()
+
+
+def test_what_a_link_leads_to_is_replaced(export: Export, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export("hf", output=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "run"]

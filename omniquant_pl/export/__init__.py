@@ -1,5 +1,6 @@
 """Folders that other programs load, one format a file."""
 
+from omniquant_pl.export.folder import refuse_target
 from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.hf import HfExport
 from omniquant_pl.export.hub import HubRepository
@@ -18,5 +19,6 @@ __all__ = [
     "open_format",
     "open_runnable",
     "refuse_differing",
+    "refuse_target",
     "verification_table",
 ]

@@ -12,7 +12,10 @@ from omniquant_pl.export.card_metadata import card_metadata
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import VARIANTS, RunFolder
 
-__all__ = ["model_card"]
+__all__ = ["MADE_BY", "model_card"]
+
+MADE_BY = "Calibrated with omniquant-pl ("
+"""What every card says, of whatever release, and an exported folder is known by."""
 
 _CARD = """---
 {metadata}
@@ -21,7 +24,7 @@ _CARD = """---
 
 {storage}
 {activations}
-Calibrated with omniquant-pl ({method}) on {data}.
+{made_by}{method}) on {data}.
 
 | perplexity | full precision | round to nearest | calibrated |
 |---|---|---|---|
@@ -55,6 +58,7 @@ def model_card(
         scheme=model.scheme.name,
         storage=storage,
         activations=_activations(model, quantizes_activations),
+        made_by=MADE_BY,
         method=_method(model, config),
         data=_data(config),
         perplexities=_perplexities(metrics.get("perplexity", {})),

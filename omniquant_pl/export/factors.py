@@ -41,7 +41,7 @@ class FactorsExport(Export):
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
-        with whole_folder(output) as target:
+        with whole_folder(output, run.path, model.source.folder) as target:
             content = {"model": model.path, "scheme": model.scheme.name}
             write_factor_file(target / FACTOR_FILE, run, model.source, content)
             write_text(target / _SETTINGS, yaml.safe_dump(_settings(model), sort_keys=False))

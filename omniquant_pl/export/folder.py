@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.export.card import MADE_BY
 
-__all__ = ["copy_companions", "whole_folder"]
+__all__ = ["copy_companions", "refuse_target", "whole_folder"]
 
 _COMPANIONS = (
     "generation_config.json",
@@ -34,13 +35,56 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the target's place only if nothing went wrong.
+def refuse_target(target: Path, run: Path, source: Path, key: str = "output") -> None:
+    """Refuses a folder that an export must not take the place of, as all that is there would be gone.
+
+    Args:
+        target: The folder to create or replace.
+        run: The folder of the run that is exported.
+        source: The original model's folder.
+        key: The setting that the target is from.
 
     Raises:
-        ConfigurationError: If it cannot be made there.
+        ConfigurationError: If the target holds the run or the original model, lies in the latter, or holds anything
+            but an earlier export.
     """
+    place, origin = target.resolve(), source.resolve()
+    if run.resolve().is_relative_to(place):
+        reason = f"is or contains the folder of the run, {run}"
+    elif origin.is_relative_to(place) or place.is_relative_to(origin):
+        reason = f"is, contains or lies in the folder of the original model, {source}"
+    elif place.exists() and not _is_replaceable(place):
+        reason = "holds something else than an earlier export"
+    else:
+        return
+    accepted = "an export replaces the whole folder, so take one that is new or empty, or holds an earlier export alone"
+    raise ConfigurationError(key, f"{target} {reason}; {accepted}")
+
+
+def _is_replaceable(place: Path) -> bool:
+    """Whether it is an empty folder or an export, which has no folders in it."""
+    if not place.is_dir():
+        return False
+    entries, card = list(place.iterdir()), place / "README.md"
+    if any(path.is_dir() for path in entries):
+        return False
+    return not entries or (card.is_file() and MADE_BY in card.read_text(encoding="utf-8", errors="replace"))
+
+
+@contextmanager
+def whole_folder(target: Path, run: Path, source: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which takes the target's place only if nothing went wrong.
+
+    Args:
+        target: The folder to create or replace.
+        run: The folder of the run that is exported.
+        source: The original model's folder.
+
+    Raises:
+        ConfigurationError: If it cannot be made there, or its place must not be taken.
+    """
+    refuse_target(target, run, source)
+    target = target.resolve()  # of a link, what it leads to is replaced; and "." has a name
     filling, previous = (target.with_name(f".{target.name}.{state}") for state in ("filling", "previous"))
     shutil.rmtree(filling, ignore_errors=True)
     try:

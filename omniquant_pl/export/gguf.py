@@ -76,7 +76,7 @@ class GgufExport(Export):
         folded = FoldedModel(model, run)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         plan = GgufPlan(model.source, folded, ARCHITECTURES[model_type(model.source)], dtype)
-        with whole_folder(output) as target:
+        with whole_folder(output, run.path, model.source.folder) as target:
             self._write_file(model, folded, plan, target)
             write_json(target / "config.json", model.source.config_json)
             copy_companions(model.source.folder, target)

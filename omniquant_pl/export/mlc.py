@@ -77,7 +77,7 @@ class MlcExport(Export):
         source, folded = model.source, FoldedModel(model, run)
         names = [*folded.surrounding_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
         weights = sum(torch.Size(folded.shape(name)).numel() for name in names)
-        with whole_folder(output) as target:
+        with whole_folder(output, run.path, source.folder) as target:
             tensors = _tensors(source, folded, FAMILIES[model_type(source)])
             write_tensor_cache(target, tensors, weights, min(self.shard_bytes, _LARGEST_SHARD))
             copy_companions(source.folder, target)

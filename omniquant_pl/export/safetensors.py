@@ -61,7 +61,7 @@ class SafetensorsExport(Export):
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
-        with whole_folder(output) as target:
+        with whole_folder(output, run.path, model.source.folder) as target:
             writer = ShardWriter(target, self._planned(folded), self.shard_bytes)
             writer.add(self._tensors(folded))
             writer.finish()

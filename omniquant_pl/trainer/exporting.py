@@ -15,6 +15,7 @@ from omniquant_pl.export import (
     Verification,
     open_format,
     refuse_differing,
+    refuse_target,
     verification_table,
 )
 from omniquant_pl.model import OmniQuantModel
@@ -48,7 +49,7 @@ def export_run(
             compressed-tensors: what it loads with that package, activations as well;
             gguf: a file that llama.cpp loads; mlc: weights for MLC-LLM;
             factors: what the run has learned, alone, for model.parameters.
-        output: The folder to create or replace; null: named after the format, in the run folder.
+        output: The folder to create, or an earlier export to replace; null: named after the format, in the run folder.
         dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
         shard_bytes: Largest size of one file.
         verify: Load the result with the programs it is meant for, those that are installed, and compare its logits
@@ -62,15 +63,17 @@ def export_run(
         The folder.
 
     Raises:
-        ConfigurationError: If the run is not finished, the format cannot hold it exactly, or the hub refuses.
+        ConfigurationError: If the run is not finished, the format cannot hold it exactly, the folder must not be
+            replaced, or the hub refuses.
         CalibrationError: If a program computes other logits; the folder stays, and is not uploaded.
     """
     del ckpt_path, weights_only
     export = open_format(format, model, dtype, shard_bytes)
-    verification = Verification(export, _first_window(datamodule, model)) if verify else None
-    repository = None if push is None else HubRepository(push, private)
     folder = trainer.run_folder.model if format == "hf" else trainer.run_folder.path / format
     folder = folder if output is None else Path(output)
+    refuse_target(folder, trainer.run_folder.path, model.source.folder)
+    verification = Verification(export, _first_window(datamodule, model)) if verify else None
+    repository = None if push is None else HubRepository(push, private)
     export.write(model, trainer.run_folder, folder)
     Console().print(f"{format}: {folder}", soft_wrap=True)
     if verification is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from omniquant_pl.callbacks import ExportCallback
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
 
@@ -41,3 +43,31 @@ def test_interrupted_run_exports_nothing(
     with pytest.raises(RuntimeError, match="power cut"):
         fit(OmniQuantModel(str(llama)), [ExportCallback()], max_epochs=0)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_what_is_no_export_is_refused_before_any_work(
+    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / "model" / "thesis.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir: .*run/model holds something else"):
+        fit(OmniQuantModel(str(llama)), [ExportCallback()], max_epochs=0)
+    assert path.read_text() == "mine"
+    assert not (tmp_path / "run" / "blocks").exists()
+
+
+def test_the_original_model_is_not_replaced(
+    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(llama, tmp_path / "run" / "model"))
+    before = sorted(path.name for path in source.iterdir())
+    with pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir: .*run/model is, contains or lies in"):
+        fit(OmniQuantModel(str(source)), [ExportCallback()], max_epochs=0)
+    assert sorted(path.name for path in source.iterdir()) == before
+
+
+def test_a_second_fit_replaces_the_first_ones(llama: Path, fit: Callable[..., SequentialTrainer]) -> None:
+    for ckpt_path in (None, None, "last"):
+        trainer = fit(OmniQuantModel(str(llama)), [ExportCallback()], ckpt_path=ckpt_path, max_epochs=0)
+        assert (trainer.run_folder.model / "model.safetensors").is_file()
