@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,10 @@ class RunFolder:
 
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
-        shutil.rmtree(self.streams, ignore_errors=True)
-        shutil.rmtree(self.segments, ignore_errors=True)
-        left = (self.blocks, self.model, self.metrics, self.report, self.statistics, *self._checkpoints())
+        for streams in (self.streams, *self.segments.rglob(self.streams.name)):
+            shutil.rmtree(streams, ignore_errors=True)
+        results = (self.blocks, self.segments, self.model, self.metrics, self.report, self.statistics)
+        left = (*results, *self._checkpoints())
         found = [path for path in left if path.exists()]
         if not found:
             return
@@ -138,7 +140,8 @@ class RunFolder:
         Raises:
             ConfigurationError: If factors are here that other settings have led to; it names those that differ.
         """
-        if not (self.config.is_file() and (resumes or any(self.blocks.glob("*.safetensors")))):
+        blocks = chain(self.blocks.glob("*.safetensors"), self.segments.rglob("*.safetensors"))
+        if not (self.config.is_file() and (resumes or any(blocks))):
             return
         saved = self.read_config()
         differing = differing_settings(saved, config)

@@ -180,6 +180,32 @@ def test_a_new_run_moves_what_the_last_one_left(tmp_path: Path) -> None:
     assert previous.read_metrics() == {"model": "1.0"}
 
 
+class TestSegments:
+    """Until they are joined, finished blocks of a block-parallel run are in its segments alone."""
+
+    @pytest.fixture(params=["00001", "00001/stitched"])
+    def segment(self, folder: RunFolder, request: pytest.FixtureRequest) -> RunFolder:
+        segment = RunFolder(folder.segments / request.param)
+        segment.save_factors(2, {"scale": torch.ones(1)})
+        segment.streams.mkdir()
+        (segment.streams / "00002.quantized.bin").touch()
+        return segment
+
+    def test_a_new_run_moves_them(self, folder: RunFolder, segment: RunFolder) -> None:
+        folder.start()
+        assert not folder.segments.exists()
+        moved = RunFolder(folder.path / "previous" / segment.path.relative_to(folder.path))
+        assert moved.load_factors(2)["scale"].item() == 1
+        assert not moved.streams.exists()  # as large as they are useless
+
+    def test_they_are_protected(self, folder: RunFolder, segment: RunFolder) -> None:
+        assert segment.factor_file(2).is_file()
+        folder.config.write_text(yaml.safe_dump(CONFIG))
+        folder.refuse_other_settings(CONFIG)
+        with pytest.raises(ConfigurationError, match=r"another seed_everything"):
+            folder.refuse_other_settings(CONFIG | {"seed_everything": 3})
+
+
 class TestInsideAnother:
     @pytest.fixture
     def outer(self, folder: RunFolder) -> RunFolder:
