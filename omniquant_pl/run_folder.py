@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from omniquant_pl.activations import STREAM_PREFIX
 from omniquant_pl.checkpoint import DamagedFileError, finite, read_sealed, write_json, write_sealed
 from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.deciding import differing_settings
@@ -71,6 +72,7 @@ class RunFolder:
             except OSError as error:
                 if error.errno in _NO_LOCKS:
                     _log.warning("%s is on a file system without locks; keep other processes out of it", self.path)
+                    self._remove_parts()
                     yield
                     return
                 if not isinstance(error, BlockingIOError):
@@ -90,9 +92,11 @@ class RunFolder:
 
     def _remove_parts(self) -> None:
         """Deletes what a process that was killed had begun to write."""
-        for folder in (self.path, self.blocks, self.streams, self.statistics):
-            for path in folder.glob(".*.part"):
-                path.unlink()
+        folders = (self.blocks, self.statistics, self.streams, self.segments)  # not those with locks of their own
+        parts = [self.path.glob(".*.part"), *(folder.rglob(".*.part") for folder in folders)]
+        streams = (folder.rglob(f"{STREAM_PREFIX}*") for folder in (self.streams, self.segments))
+        for path in list(chain(*parts, *streams)):
+            path.unlink(missing_ok=True)  # a plan is made without the lock
 
     def start(self) -> None:
         """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""

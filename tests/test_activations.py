@@ -147,10 +147,13 @@ class TestPlace:
         del stream
         assert list(tmp_path.iterdir()) == []
 
-    def test_files_of_a_killed_process_are_removed(self, tmp_path: Path) -> None:
-        (tmp_path / ".stream-abc").write_bytes(b"left behind")
-        storage_in(tmp_path)
-        assert list(tmp_path.iterdir()) == []
+    @pytest.mark.parametrize("place", ["device", "disk"])
+    def test_files_of_another_process_stay(self, tmp_path: Path, place: Place) -> None:
+        """A plan is made beside a run that is at work."""
+        stream = stored(storage_in(tmp_path), torch.ones(1, 2, 3))
+        assert stored(storage_in(tmp_path, place), torch.zeros(1, 2, 3)).shape == stream.shape
+        stream.keep_as(tmp_path / "kept.bin")
+        assert (tmp_path / "kept.bin").stat().st_size == 2 * 3 * 4
 
 
 class TestKept:

@@ -180,6 +180,44 @@ def test_a_new_run_moves_what_the_last_one_left(tmp_path: Path) -> None:
     assert previous.read_metrics() == {"model": "1.0"}
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "blocks/.00000.safetensors.abc.part",
+        ".metrics.json.abc.part",
+        "streams/.stream-abc",
+        "streams/.streams.json.abc.part",
+        "streams/00001-of-00002/.stream-abc",
+        "segments/00001/streams/.stream-abc",
+        "segments/00001/streams/00001-of-00002/.stream-abc",
+        "segments/00001/stitched/streams/.stream-abc",
+        "segments/00001/stitched/blocks/.00002.safetensors.abc.part",
+    ],
+)
+def test_what_a_killed_process_had_begun_is_removed_under_the_lock(folder: RunFolder, place: str) -> None:
+    part = folder.path / place
+    whole = part.with_name("00001.quantized.bin")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    whole.write_bytes(b"whole")
+    with folder.locked():
+        assert not part.exists()
+        assert whole.read_bytes() == b"whole"
+        part.touch()
+        with pytest.raises(ConfigurationError, match="another process"), RunFolder(folder.path).locked():
+            pass
+        assert part.exists()
+
+
+def test_what_another_run_inside_has_begun_stays(folder: RunFolder) -> None:
+    """A comparison's fits have locks of their own."""
+    part = RunFolder(folder.comparison / "rtn").streams / ".stream-abc"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    with folder.locked():
+        assert part.exists()
+
+
 class TestSegments:
     """Until they are joined, finished blocks of a block-parallel run are in its segments alone."""
 

@@ -2,10 +2,11 @@
 
 from omniquant_pl.activations.batches import BatchOrder, StreamBatches, map_batches, map_stream, read_ahead
 from omniquant_pl.activations.kept import KeptStreams
-from omniquant_pl.activations.storage import Place, Storage, place_for
+from omniquant_pl.activations.storage import STREAM_PREFIX, Place, Storage, place_for
 from omniquant_pl.activations.stream import Stream, Streams
 
 __all__ = [
+    "STREAM_PREFIX",
     "BatchOrder",
     "KeptStreams",
     "Place",

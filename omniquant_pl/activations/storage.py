@@ -13,9 +13,12 @@ import torch
 from omniquant_pl.activations.stream import Stream
 from omniquant_pl.spec import BudgetSpec
 
-__all__ = ["Place", "Storage", "place_for"]
+__all__ = ["STREAM_PREFIX", "Place", "Storage", "place_for"]
 
 Place = Literal["device", "host", "disk"]
+
+STREAM_PREFIX = ".stream-"
+"""Of the names of files that go with their streams, unless the process is killed."""
 
 _SHARE = 0.4
 """Of the memory that is free, where no budget is stated: blocks, gradients and other programs need room as well."""
@@ -70,9 +73,6 @@ class Storage:
         self.dtype = dtype
         self.device = device
         self.folder = folder
-        if folder.is_dir():
-            for left in folder.glob(".stream-*"):  # of a process that was killed
-                left.unlink()
 
     def empty(self, shape: torch.Size | tuple[int, ...]) -> Stream:
         """Returns a stream that has not been written yet, for hidden states ``[samples, tokens, channels]``.
@@ -85,7 +85,7 @@ class Storage:
         if self.place == "host":
             return Stream(torch.empty(shape, dtype=self.dtype, pin_memory=True), self.device)
         self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".stream-", dir=self.folder)
+        descriptor, name = tempfile.mkstemp(prefix=STREAM_PREFIX, dir=self.folder)
         try:
             _allocate(descriptor, max(1, torch.Size(shape).numel() * self.dtype.itemsize))
         except OSError:
