@@ -127,7 +127,10 @@ class FinishedBlocks:
         return max(index, blocks.start + min((end - blocks.start) // window.stride * window.stride, last_start))
 
     def save_window(self, blocks: Sequence[QuantizedBlock]) -> None:
-        """Keeps what blocks have learned that are not folded yet, before those in front of them are."""
+        """Keeps what blocks have learned that are not folded yet, before those in front of them are.
+
+        Until those are, a calibration goes on from the window before, which therefore stays however often this is done.
+        """
         content = {
             "fingerprint": self.fingerprint,
             "first": blocks[0].index,
@@ -136,7 +139,8 @@ class FinishedBlocks:
                 for block in blocks
             ],
         }
-        GuardedCheckpointIO().save_checkpoint({"calibration": content}, self._folder.window)
+        checkpoints = GuardedCheckpointIO(lambda last: bool(last["calibration"]["first"] != content["first"]))
+        checkpoints.save_checkpoint({"calibration": content}, self._folder.window)
 
     def _is_window(self, content: Mapping[str, Any], first: int) -> bool:
         is_ours = not differing_parts(self.fingerprint, content["fingerprint"])

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from omniquant_pl.callbacks import CheckpointCallback, KeepBestState, MetricsCallback, NumericsGuard
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.spec import (
@@ -255,6 +256,31 @@ class TestWhatIsThere:
         calibrate("whole2", self.OPTIONS, [Losses("whole")])
         self.go_on(calibrate, callbacks=[Losses("cut")])
         assert seen["cut"] == seen["whole"][-1:]
+
+
+class CutAtBlock(CalibrationCallback):
+    """Ends everything when a block is folded."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def on_block_end(self, trainer: Any, block: Any, result: BlockResult) -> None:
+        if result.index == self._index:
+            raise PowerCutError
+
+
+def test_a_window_goes_on_however_often_it_is_cut_where_it_advances(
+    make_llama: Callable[..., Path], calibrate: Callable[..., RunFolder], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first block of the second window is folded each time, the next one is not."""
+    options: dict[str, Any] = {"model": make_llama(num_hidden_layers=6), "max_epochs": 1}
+    settings = {"window": WindowSpec(blocks=3, stride=2), "weights": WeightSpec(bits=2)}
+    whole = calibrate("whole", settings, [], **options)
+    for _ in range(3):
+        with pytest.raises(PowerCutError):
+            calibrate("cut", settings, [CutAtBlock(2)], ckpt_path="last", **options)
+    assert blocks_of(calibrate("cut", settings, [], ckpt_path="last", **options)) == blocks_of(whole)
+    assert "is lost" not in caplog.text
 
 
 def test_the_log_is_kept(calibrate: Callable[..., RunFolder]) -> None:

@@ -31,7 +31,15 @@ def previous_of(path: Path) -> Path:
 
 
 class GuardedCheckpointIO(TorchCheckpointIO):
-    """Writes ``torch.save`` files with a checksum behind them, which ``torch.load`` does not look at."""
+    """Writes ``torch.save`` files with a checksum behind them, which ``torch.load`` does not look at.
+
+    Args:
+        stays: Tells by its content whether the last checkpoint becomes the one before; ``None``: always.
+    """
+
+    def __init__(self, stays: Callable[[dict[str, Any]], bool] | None = None) -> None:
+        super().__init__()
+        self._stays = stays
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -45,7 +53,7 @@ class GuardedCheckpointIO(TorchCheckpointIO):
 
         fresh = path.with_name(f".{path.name}.part")
         replace_file(fresh, write)
-        if path.is_file() and _is_whole(path):
+        if path.is_file() and _is_whole(path) and (self._stays is None or self._stays(self.load_checkpoint(path))):
             path.replace(previous_of(path))
         fresh.replace(path)
 
