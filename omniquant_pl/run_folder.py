@@ -105,12 +105,18 @@ class RunFolder:
         results = (self.blocks, self.segments, self.model, self.metrics, self.report, self.statistics)
         left = (*results, *self._checkpoints())
         found = [path for path in left if path.exists()]
-        if not found:
-            return
-        previous, moving = self.path / "previous", self.path / "previous.part"
-        moving.mkdir(exist_ok=True)
+        moving = self.path / "previous.part"
+        if any((moving / path.name).exists() for path in found):  # a start was killed, and another run was here since
+            self._finish_start(moving)
+        if found:
+            moving.mkdir(exist_ok=True)
         for path in found:
             path.rename(moving / path.name)
+        if moving.exists():
+            self._finish_start(moving)
+
+    def _finish_start(self, moving: Path) -> None:
+        previous = self.path / "previous"
         shutil.rmtree(previous, ignore_errors=True)
         moving.rename(previous)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,63 @@ def test_a_new_run_moves_what_the_last_one_left(tmp_path: Path) -> None:
     previous = RunFolder(folder.path / "previous")
     assert previous.load_factors(0)["scale"].item() == 1.0
     assert previous.read_metrics() == {"model": "1.0"}
+
+
+class Killed(Exception):  # noqa: N818
+    """The process is gone."""
+
+
+class TestAStartThatIsKilled:
+    """Runs leave a number each; whatever is killed, the last that was whole is in previous/ after the next start."""
+
+    LEFT = ("blocks", "segments", "model", "metrics.json", "report.html", "statistics", "last.ckpt", "window.ckpt")
+
+    def leave(self, folder: RunFolder, number: int) -> None:
+        for name in self.LEFT:
+            path = folder.path / name if "." in name else folder.path / name / "file"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(number))
+
+    def numbers(self, folder: Path) -> list[str]:
+        paths = [folder / name for name in self.LEFT]
+        return [(path / "file" if path.is_dir() else path).read_text() for path in paths if path.exists()]
+
+    def start_killed(self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, kind: str, steps: int) -> None:
+        """Ends it at the n-th call of a kind: a file is moved, or what was in previous/ is deleted."""
+        owner = shutil if kind == "rmtree" else Path
+        whole, calls = getattr(owner, kind), iter(range(100))
+
+        def killed(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == "streams" or next(calls) < steps:
+                return whole(path, *arguments, **options)
+            raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, kind, killed)
+            folder.start()
+
+    @pytest.mark.parametrize(("kind", "steps"), [("rmtree", 0), ("rename", 0), ("rename", 3), ("rename", 8)])
+    def test_the_next_one_finishes_it(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, kind: str, steps: int
+    ) -> None:
+        for number in (1, 2):
+            self.leave(folder, number)
+            if number == 1:
+                folder.start()
+        self.start_killed(folder, monkeypatch, kind, steps)
+        folder.start()
+        assert self.numbers(folder.path / "previous") == ["2"] * len(self.LEFT)
+        assert self.numbers(folder.path) == []
+        assert not (folder.path / "previous.part").exists()
+
+    def test_a_run_since_then_is_another(self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As one that went on with --ckpt_path last, which starts nothing."""
+        self.leave(folder, 1)
+        self.start_killed(folder, monkeypatch, "rmtree", 0)
+        self.leave(folder, 2)
+        folder.start()
+        assert self.numbers(folder.path / "previous") == ["2"] * len(self.LEFT)
+        assert self.numbers(folder.path) == []
 
 
 @pytest.mark.parametrize(
