@@ -127,6 +127,10 @@ class RunFolder:
             number = sum(1 for _ in path.parent.glob("metrics-*.csv"))
             path.replace(path.with_name(f"metrics-{number + 1}.csv"))
 
+    def segment_folders(self) -> list[RunFolder]:
+        """The folders of segments that are not joined, and of what is stitched in them."""
+        return [RunFolder(path) for pattern in ("*", "*/stitched") for path in sorted(self.segments.glob(pattern))]
+
     def _checkpoints(self) -> list[Path]:
         return [path for last in (self.checkpoint, self.window) for path in (last, previous_of(last))]
 

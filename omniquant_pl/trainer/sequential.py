@@ -165,6 +165,8 @@ class SequentialTrainer(RunTrainer):
     def _calibrate(self, model: OmniQuantModel, datamodule: CalibrationData, tokens: Tensor, checkpoint: Path) -> None:
         with self.group.together():
             self.finished(self.run_folder).refuse_other(len(model.source), checkpoint)
+            for folder in self.run_folder.segment_folders():
+                self.finished(folder).refuse_other(len(model.source), folder.checkpoint)
         if self.is_global_zero:
             self.run_folder.keep_log() if self.resumes else self.run_folder.start()
         self.group.barrier()

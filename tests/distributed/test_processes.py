@@ -25,6 +25,7 @@ from omniquant_pl.callbacks import (
     ReportCallback,
 )
 from omniquant_pl.distributed import BlockParallelStrategy
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, ClippingSpec, ScheduleSpec, TransformSpec, WeightSpec
@@ -289,6 +290,35 @@ def test_a_segment_goes_on_where_it_was(fit: Fit, deep: Path, tmp_path: Path) ->
         fit, deep, stopped, strategy=segments(2, stitch_epochs=2), callbacks=[CheckpointCallback()], ckpt_path="last"
     )
     assert bytes_of(whole) == bytes_of(stopped)
+
+
+@pytest.mark.parametrize("stops", [(0,), (1,), (3, 2)], ids=["first block", "second block", "stitched"])
+def test_a_segment_of_another_calibration_is_refused_unless_forced(
+    fit: Fit, deep: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stops: tuple[int, ...]
+) -> None:
+    """The content of the calibration file has changed, no setting; nothing but segments tells it."""
+    tokens, folder = np.random.default_rng(5).integers(0, 64, (6, 16)), tmp_path / "run"
+    data = {"dataset": str(tmp_path / "tokens.npy")}
+    np.save(data["dataset"], tokens)
+
+    def go_on(callbacks: list[Callback], **checkpoint: Any) -> None:
+        callbacks = [CheckpointCallback(every_n_steps=1, **checkpoint), *callbacks]
+        strategy = segments(2, stitch_epochs=1)
+        calibrate(fit, deep, folder, strategy=strategy, data=data, callbacks=callbacks, ckpt_path="last")
+
+    for block in stops:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            go_on([Stop(block)])
+    assert ((folder / "segments" / "00001" / "stitched" / "last.ckpt").is_file()) == (len(stops) == 2)
+    assert not (folder / "blocks").exists()
+    np.save(data["dataset"], tokens[::-1])
+    before = {path: path.read_bytes() for path in (folder / "segments").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigurationError, match=r"^ckpt_path: .*segments.* other calibration tokens; .*checkpoint"):
+        go_on([])
+    assert {path: path.read_bytes() for path in before} == before
+    go_on([], force=True)
+    assert "other calibration tokens; it counts all the same" in caplog.text
+    assert len(bytes_of(folder)) == 4
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
