@@ -22,6 +22,7 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handlers: list[logging.Handler] = []
+        self._level = _log.level
 
     def open(self) -> None:
         """Begins to write.
@@ -41,6 +42,7 @@ class LogFile:
         self._handlers = [file, logging.lastResort]
         for handler in self._handlers:
             _log.addHandler(handler)
+        self._level = _log.level
         _log.setLevel(logging.INFO)
 
     def write(self, line: str) -> None:
@@ -50,6 +52,8 @@ class LogFile:
 
     def close(self) -> None:
         """Ends writing."""
+        if self._handlers:
+            _log.setLevel(self._level)
         for handler in self._handlers:
             _log.removeHandler(handler)
         for handler in self._handlers[:1]:

@@ -103,12 +103,13 @@ def _fit(scheme: str, given: Mapping[str, Any]) -> None:
     flags = [f"--{key}={_text(value)}" for key, value in given.items()]
     quieten()
     seed = os.environ.get("PL_GLOBAL_SEED")
-    with isolate_rng():
-        run(["fit", f"--config={find_config(name)}", *flags])
-    if seed is None:
+    try:
+        with isolate_rng():
+            run(["fit", f"--config={find_config(name)}", *flags])
+    finally:
         os.environ.pop("PL_GLOBAL_SEED", None)
-    else:
-        os.environ["PL_GLOBAL_SEED"] = seed
+        if seed is not None:
+            os.environ["PL_GLOBAL_SEED"] = seed
 
 
 def _text(value: Any) -> str:

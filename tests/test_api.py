@@ -87,6 +87,18 @@ def test_random_numbers_go_on_as_if_nothing_had_happened(
     assert "PL_GLOBAL_SEED" not in os.environ
 
 
+@pytest.mark.parametrize("seed", [None, "7"])
+def test_the_seed_is_what_it_was_after_a_fit_that_fails(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, seed: str | None
+) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    if seed is not None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+    with pytest.raises(ConfigurationError, match="the model has no tokenizer to read"):
+        quantize(load(llama), calibration=["a text"], settings=QUICK)
+    assert os.environ.get("PL_GLOBAL_SEED") == seed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -180,8 +180,10 @@ class SegmentedCalibration:
                 trainer.loggers = [CSVLogger(folder.path, name="logs", version="")]
             if epochs is not None:
                 trainer.epochs_per_block = epochs
-            yield
-        trainer.run_folder, trainer.loggers, trainer.epochs_per_block = before
+            try:
+                yield
+            finally:
+                trainer.run_folder, trainer.loggers, trainer.epochs_per_block = before
 
     def _join(self, folders: list[RunFolder]) -> None:
         """Puts the blocks of all segments into the run's folder."""

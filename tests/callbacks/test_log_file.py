@@ -58,3 +58,15 @@ def test_a_file_that_cannot_be_written_is_refused(
     with pytest.raises(ConfigurationError, match=r"progress\.log_file: .* cannot be written: Is a directory"):
         fit(OmniQuantModel(str(llama)), [ProgressCallback(log_file=str(tmp_path))])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.ERROR])
+def test_the_level_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    logger = logging.getLogger("omniquant_pl")
+    monkeypatch.setattr(logger, "level", level)
+    log = LogFile(tmp_path / "run.log")
+    log.open()
+    assert logger.level == logging.INFO
+    log.close()
+    log.close()
+    assert logger.level == level

@@ -26,6 +26,7 @@ from omniquant_pl.callbacks import (
 )
 from omniquant_pl.distributed import BlockParallelStrategy
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, ClippingSpec, ScheduleSpec, TransformSpec, WeightSpec
@@ -290,6 +291,22 @@ def test_a_segment_goes_on_where_it_was(fit: Fit, deep: Path, tmp_path: Path) ->
         fit, deep, stopped, strategy=segments(2, stitch_epochs=2), callbacks=[CheckpointCallback()], ckpt_path="last"
     )
     assert bytes_of(whole) == bytes_of(stopped)
+
+
+def test_a_segment_that_fails_leaves_the_trainer_with_its_run(fit: Fit, deep: Path, tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+
+    class Fail(CalibrationCallback):
+        def on_segment_start(self, trainer: Any, number: int, blocks: range) -> None:
+            found.update(trainer=trainer, inside=trainer.run_folder.path)
+            raise RuntimeError("a failure")
+
+    with pytest.raises(RuntimeError, match="a failure"):
+        calibrate(fit, deep, tmp_path / "run", strategy=segments(2), callbacks=[Fail()], logger=None)
+    trainer = found["trainer"]
+    assert found["inside"] == tmp_path / "run" / "segments" / "00000"
+    assert trainer.run_folder.path == tmp_path / "run"
+    assert [logger.log_dir for logger in trainer.loggers] == [str(tmp_path / "run" / "logs")]
 
 
 @pytest.mark.parametrize("stops", [(0,), (1,), (3, 2)], ids=["first block", "second block", "stitched"])
