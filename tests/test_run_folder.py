@@ -210,9 +210,10 @@ class TestAStartThatIsKilled:
                 return whole(path, *arguments, **options)
             raise Killed
 
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(owner, kind, killed)
-            folder.start()
+            with pytest.raises(Killed):
+                folder.start()
 
     @pytest.mark.parametrize(("kind", "steps"), [("rmtree", 0), ("rename", 0), ("rename", 3), ("rename", 8)])
     def test_the_next_one_finishes_it(

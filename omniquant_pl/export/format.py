@@ -77,8 +77,8 @@ class Export(ABC):
         Args:
             model: The run's settings.
             run: The run, for its learned factors and metrics.
-            output: The folder to create or replace; it appears whole or not at all.
+            output: The folder to create, or an earlier export to replace; it appears whole or not at all.
 
         Raises:
-            ConfigurationError: If the run is not finished or is damaged.
+            ConfigurationError: If the run is not finished or is damaged, or the folder must not be replaced.
         """

@@ -57,9 +57,7 @@ def test_what_is_no_export_is_refused_before_any_work(
     assert not (tmp_path / "run" / "blocks").exists()
 
 
-def test_the_original_model_is_not_replaced(
-    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
-) -> None:
+def test_the_original_model_is_not_replaced(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "run" / "model"))
     before = sorted(path.name for path in source.iterdir())
     with pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir: .*run/model is, contains or lies in"):
