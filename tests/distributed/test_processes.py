@@ -306,7 +306,7 @@ def test_a_segment_that_fails_leaves_the_trainer_with_its_run(fit: Fit, deep: Pa
     trainer = found["trainer"]
     assert found["inside"] == tmp_path / "run" / "segments" / "00000"
     assert trainer.run_folder.path == tmp_path / "run"
-    assert [logger.log_dir for logger in trainer.loggers] == [str(tmp_path / "run" / "logs")]
+    assert [Path(logger.log_dir) for logger in trainer.loggers] == [tmp_path / "run" / "logs"]
 
 
 @pytest.mark.parametrize("stops", [(0,), (1,), (3, 2)], ids=["first block", "second block", "stitched"])
