@@ -50,9 +50,13 @@ class UnfusedExperts(nn.ModuleList):
             chosen: Indices of the experts ``[tokens, top_k]``.
             shares: The router's weights of them ``[tokens, top_k]``.
         """
+        experts, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(experts, torch.arange(len(self), device=experts.device), right=True)
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()  # all that is waited for, however many experts there are
+        tokens, shares = order // chosen.shape[1], shares.flatten()[order, None]
         result = torch.zeros_like(hidden)
-        for index in chosen.unique().tolist():
-            tokens, place = torch.where(chosen == index)
-            output = self[index](hidden[tokens], self.act_fn) * shares[tokens, place, None]
-            result = result.index_add(0, tokens, output.to(result.dtype))
+        for expert, own, share in zip(self, tokens.split(counts), shares.split(counts), strict=True):
+            if len(own) > 0:
+                output = expert(hidden[own], self.act_fn) * share
+                result = result.index_add(0, own, output.to(result.dtype))
         return result

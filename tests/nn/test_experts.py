@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -65,6 +69,57 @@ class TestSameAsFused:
                 else:
                     assert found is None
                     assert not expected.any()
+
+
+def one_by_one(experts: UnfusedExperts, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """Looks for each expert's tokens on its own."""
+    result = torch.zeros_like(hidden)
+    for index in range(EXPERTS):
+        tokens, place = torch.where(chosen == index)
+        result = result.index_add(
+            0, tokens, experts[index](hidden[tokens], experts.act_fn) * shares[tokens, place, None]
+        )
+    return result
+
+
+def test_tokens_of_an_expert_keep_their_order(unfused: UnfusedExperts) -> None:
+    """Every sum has its terms in the order that a look at one expert after the other gives: bit for bit."""
+    hidden, chosen, shares = routing([0, 1, 3], 2)
+    found = []
+    for run in (unfused, partial(one_by_one, unfused)):
+        inputs = hidden.clone().requires_grad_(), shares.clone().requires_grad_()
+        output = run(inputs[0], chosen, inputs[1])
+        reached = [unfused[index].get_submodule(name).weight for index in (0, 1, 3) for name in ("w1", "w2", "w3")]
+        found.append([output, *torch.autograd.grad(output.square().sum(), [*inputs, *reached])])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class ValuesThatDecide(TorchDispatchMode):
+    """Records the operations of which the host waits for values, not only for shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:  # the numbers of rows have the result's shape, a mask has not
+            waits = any(index is not None and index.dtype is torch.bool for index in args[1])
+        else:
+            waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+        self.names += [str(func)] if waits else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_experts_are_waited_for_once(unfused: UnfusedExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[Tensor] = []
+    to_list = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda values: lists.append(values) or to_list(values))
+    hidden, chosen, shares = routing([0, 1, 3], 2)
+    with ValuesThatDecide() as waited:
+        unfused(hidden, chosen, shares)
+    assert waited.names == []
+    counts = [int((chosen == index).sum()) for index in range(EXPERTS)]
+    assert [to_list(values) for values in lists] == [counts]
 
 
 def test_names_are_those_of_checkpoints(unfused: UnfusedExperts) -> None:
