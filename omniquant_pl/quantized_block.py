@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,7 @@ class QuantizedBlock(nn.Module):
         self.epochs = 0
         self.quantized: dict[str, QuantizedWeight] = {}
         self._originals: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}
 
     @property
     def is_folded(self) -> bool:
@@ -64,12 +66,30 @@ class QuantizedBlock(nn.Module):
         """Runs the quantized block on ``[batch, tokens, channels]``."""
         if self.is_folded:
             return self.call(self.network, hidden)
-        overridden = self.factors(self._originals or self.tensors)
+        overridden = self._held or self._overridden()
 
         def network(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
             return cast(Tensor, functional_call(self.network, overridden, (hidden, *arguments), options))
 
         return self.call(cast(nn.Module, network), hidden)
+
+    def _overridden(self) -> dict[str, Tensor]:
+        """What the factors make of the tensors: in float32 whatever the precision of the passes, as when they fold.
+
+        A shift in lower precision would move an output by other amounts than the bias makes up for.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return cast("dict[str, Tensor]", self.factors(self._originals or self.tensors))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For passes without gradients: what the factors make of the tensors is computed once for all of them."""
+        with torch.no_grad():
+            self._held = self._overridden()
+        try:
+            yield
+        finally:
+            self._held = {}
 
     def start_learning(self) -> None:
         """Computes once, on the block's device, what stays the same over all steps."""
@@ -93,14 +113,14 @@ class QuantizedBlock(nn.Module):
             add: Adds up what several processes have seen of it.
         """
         shared, quantize_input = self.factors.shared_inputs, activation_quantizer(self._activations)
-        with observe_moments(self.network, sorted(set(shared.values())), quantize_input) as moments:
+        observed = observe_moments(self.network, sorted(set(shared.values())), quantize_input)
+        with self.held(), observed as moments:
             run()
         total = add(moments)
         device = self.device
         self.to("cpu")
-        self.factors.choose_codes(
-            self.tensors, {name: total[key].second.cpu() for name, key in shared.items() if key in total}
-        )
+        seconds = {key: moment.second.cpu() for key, moment in total.items()}
+        self.factors.choose_codes(self.tensors, {name: seconds[key] for name, key in shared.items() if key in seconds})
         self.to(device)
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kept_blocks import KeepBlocks
 from omniquant_pl.export import HfExport
+from omniquant_pl.factors import BlockFactors
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.quant.gptq import gptq_codes
@@ -237,3 +238,98 @@ def test_compensation_knows_what_every_linear_multiplies_with(
         assert same > 0.97, name  # a tie decides about every channel after it
     folded = block.fold()
     assert all(torch.equal(folded.quantized[name].codes, block.factors.codes[name]) for name in LINEARS)
+
+
+def shifting_block(make_llama: Callable[..., Path], rounding: str = "nearest") -> tuple[QuantizedBlock, Tensor]:
+    """A block whose pairs have moved somewhere, and hidden states to run it on."""
+    folder = make_llama(attention_bias=True, initializer_range=0.3)
+    model = OmniQuantModel(str(folder), WeightSpec(3), ActivationSpec(6), transform=TransformSpec(), rounding=rounding)  # type: ignore[arg-type]
+    source, generator = model.source, torch.Generator().manual_seed(7)
+    hidden = source.embed(torch.randint(0, 64, (4, 16), generator=generator))
+    block = model.block(0, source.block_tensors(0), source.calls(16)[0], {})
+    with torch.no_grad():
+        for _, pair in block.factors.named_pairs():
+            pair.scale.copy_(torch.exp(0.3 * torch.randn(pair.scale.shape, generator=generator)))
+            if pair.shift is not None:
+                pair.shift.copy_(torch.randn(pair.shift.shape, generator=generator))
+    return block, hidden
+
+
+def test_biases_of_shifts_are_those_of_the_fold_in_half_precision_too(make_llama: Callable[..., Path]) -> None:
+    block, hidden = shifting_block(make_llama)
+    exact = block.factors.transformed(block.tensors)["self_attn.o_proj.bias"]
+    seen: list[Tensor] = []
+    block.network.get_submodule("self_attn.o_proj").register_forward_pre_hook(
+        lambda linear, _: seen.append(linear.bias.clone())
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        output = block(hidden)
+        with block.held():
+            block(hidden)
+    assert output.requires_grad
+    assert (exact - block.tensors["self_attn.o_proj.bias"]).abs().max() > 0.1
+    assert len(seen) == 2
+    assert all(torch.equal(bias, exact) for bias in seen)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every time that factors make something of weights: whether with gradients."""
+    times: list[bool] = []
+    compute = BlockFactors.forward
+    monkeypatch.setattr(
+        BlockFactors, "forward", lambda *arguments: times.append(torch.is_grad_enabled()) or compute(*arguments)
+    )
+    return times
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_that_are_held_are_computed_once_and_give_the_same(
+    make_llama: Callable[..., Path], computed: list[bool], autocast: bool
+) -> None:
+    block, hidden = shifting_block(make_llama)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = [block(sample) for sample in hidden.split(1)]
+        assert len(computed) == 4
+        with block.held():
+            found = [block(sample) for sample in hidden.split(1)]
+        assert len(computed) == 5
+        assert all(map(torch.equal, found, expected))
+        for pair in block.factors.pairs.values():
+            pair.scale.mul_(2)
+        block(hidden)
+    assert len(computed) == 6  # nothing is held any more
+
+
+@pytest.mark.parametrize(("rounding", "passes"), [("nearest", 1), ("gptq", 2)])
+def test_a_pass_over_all_samples_fake_quantizes_once(
+    fit: Callable[..., SequentialTrainer], shallow: Path, computed: list[bool], rounding: str, passes: int
+) -> None:
+    """That of the initial loss, and that of the moments, one sample at a time."""
+    model = OmniQuantModel(str(shallow), WeightSpec(3, 16), rounding=rounding)  # type: ignore[arg-type]
+    fit(model, [], {"batch_size": 2, "micro_batch_size": 1}, max_epochs=0)
+    assert computed == [False] * passes
+
+
+def test_a_moment_of_several_linears_is_moved_once(
+    make_llama: Callable[..., Path],
+) -> None:
+    block, hidden = shifting_block(make_llama, "gptq")
+    shapes: list[tuple[int, ...]] = []
+
+    class Moment:
+        def __init__(self, second: Tensor) -> None:
+            self._second = second
+
+        @property
+        def second(self) -> Tensor:
+            shapes.append(tuple(self._second.shape))
+            return self._second
+
+    with torch.no_grad():
+        block.choose_codes(
+            lambda: block(hidden),
+            lambda moments: {name: Moment(moment.second) for name, moment in moments.items()},  # type: ignore[misc]
+        )
+    assert sorted(shapes) == [(32, 32)] * 3 + [(48, 48)]  # of query, key and value; output; gate and up; down
+    assert set(block.factors.codes) == set(LINEARS)
