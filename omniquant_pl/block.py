@@ -101,13 +101,15 @@ class BlockModule(LightningModule):
     @override
     def on_fit_end(self) -> None:
         self._batch = ()
+        for parameter in self.parameters():
+            parameter.grad = None
         for block in self._blocks:
             block.end_learning()
 
     def release(self) -> None:
-        """Lets go of the blocks: Lightning holds on to a module until it gets the next one."""
+        """Lets go of the blocks and the batches: Lightning holds on to a module until it gets the next one."""
         self.blocks = nn.ModuleList()
-        self._head = None
+        self._head = self.samples_of = None
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:

@@ -65,6 +65,17 @@ def test_parameters_are_clipping_and_transform_factors_and_nothing_else(folder: 
     assert set(block.state_dict()) == names  # a checkpoint holds no weights
 
 
+def test_no_gradient_is_left_when_learning_ends(folder: Path) -> None:
+    model = OmniQuantModel(str(folder), transform=TransformSpec(), rounding="learned")
+    block, hidden, target = make(model)
+    module = learner(model, block)
+    module.on_fit_start()
+    module.training_step((hidden, target), 0).backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    module.on_fit_end()
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
 def test_each_kind_of_factor_has_its_own_rate(folder: Path) -> None:
     model = OmniQuantModel(str(folder), clipping=ClippingSpec(lr=0.03), transform=TransformSpec(lr=0.002))
     block, _, _ = make(model)
