@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omniquant_pl.activations import Room
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.evaluate import original_blocks, perplexity
 from omniquant_pl.peers import PEERS, Peer
@@ -187,7 +188,7 @@ def measure(name: str, rows: list[Row], reference: Path, runs: Path, results: Re
             quantize(python, peer, row, reference, folder)
             seconds = time.monotonic() - start  # of the process: loading included, measuring not
             source = SourceModel(folder / "model")
-            found = perplexity(source, original_blocks(source), windows, torch.device("cpu"))
+            found = perplexity(source, original_blocks(source), windows, Room(torch.device("cpu"), runs))
             entry |= {"perplexity": round(found, 4), "seconds": round(seconds)}
         except subprocess.SubprocessError as error:
             entry["error"] = reason(error, folder / "log.txt")

@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -29,9 +29,23 @@ from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import observe_inputs, observe_samples
 from omniquant_pl.quantized_block import QuantizedBlock
 
-__all__ = ["Calibration", "Engine"]
+__all__ = ["Calibration", "Engine", "stream_count"]
 
 _log = logging.getLogger(__name__)
+
+
+def stream_count(window: int, segments: int = 1, in_turn: int = 1) -> int:
+    """Returns how many streams of all samples a process has at once, at most.
+
+    They are two in front of a block, two behind it (its output and, to compare with, that of round-to-nearest), and the
+    targets of its window; an augmented target is gone before anything is measured. Of segments, both inputs are added.
+
+    Args:
+        window: Blocks that learn together.
+        segments: Segments of the calibration.
+        in_turn: How many of them a process calibrates one after the other.
+    """
+    return 4 + window + (2 * in_turn if segments > 1 else 0)
 
 
 class Engine:
@@ -70,8 +84,8 @@ class Engine:
 
     def embed(self, source: SourceModel, tokens: Tensor) -> Stream:
         """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""
-        source.to(self.device)
-        return map_stream(source.embed, tokens, self.storage, at_once=self.at_once)
+        with source.on(self.device):
+            return map_stream(source.embed, tokens, self.storage, at_once=self.at_once)
 
     def map(self, function: Callable[[Tensor], Tensor], hidden: Stream, splits: bool = True) -> Stream:
         """Runs a block over a stream without gradients; see :func:`map_stream`."""
@@ -112,8 +126,8 @@ class Calibration:
         self._order = order
         self._engine = engine
         self._finished = finished
-        self._source.to(engine.device)
-        self._calls = self._source.calls(streams.quantized.shape[1])
+        with self._source.on(engine.device):
+            self._calls = self._source.calls(streams.quantized.shape[1])
         self._share = (engine.group.rank, engine.group.size)
         self._kept = KeptStreams(engine.storage, finished.fingerprint)
         self._streams = streams
@@ -167,7 +181,8 @@ class Calibration:
         positions = set(self._engine.group.collect(index if kept is None else kept[0]))
         if kept is None or len(positions) > 1 or kept[0] <= index:
             return index
-        position, self._streams = kept
+        position, streams = kept
+        self._streams.advance(streams.full_precision, streams.quantized)  # whoever holds these gives the others up
         return position
 
     def _restore(self, index: int, result: BlockResult | None) -> BlockResult:
@@ -233,14 +248,14 @@ class Calibration:
         if self._model.aug_loss:
             targets.append(self._augmented_target(window))
         blocks = [entry.block for entry in window]
-        is_last = blocks[-1].index == len(self._source) - 1
-        head = self._source.logits if is_last and self._model.output_loss == "kl" else None
-        module = BlockModule(blocks, self._model.learning, head)
+        needs_head = blocks[-1].index == len(self._source) - 1 and self._model.output_loss == "kl"
+        module = BlockModule(blocks, self._model.learning, self._source.logits if needs_head else None)
         batches = StreamBatches((hidden, *targets), self._batch_size, self._order, self._share)
         engine = self._engine
         module.group, module.samples_of = engine.group, batches.samples_of
         module.at_once, module.is_exact = engine.at_once, engine.at_once is not None
-        engine.fit_block(module, batches)
+        with self._source.on(engine.device) if needs_head else nullcontext():
+            engine.fit_block(module, batches)
         for entry in window:
             entry.block.to(engine.device)  # a fit ends with what has learned on the CPU
             entry.block.epochs += len(module.epoch_losses)
@@ -253,7 +268,8 @@ class Calibration:
         for position, entry in enumerate(window):
             if not any(math.isnan(later.block.loss_initial) for later in window[position:]):
                 return
-            hidden = self._engine.map(entry.block, hidden)
+            with entry.block.held():
+                hidden = self._engine.map(entry.block, hidden)
             if math.isnan(entry.block.loss_initial):
                 entry.block.loss_initial = _mean_squared_error(hidden, entry.target, self._engine.group)
 

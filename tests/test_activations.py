@@ -12,11 +12,11 @@ from omniquant_pl.activations import (
     BatchOrder,
     KeptStreams,
     Place,
+    Room,
     Storage,
     Stream,
     StreamBatches,
     Streams,
-    map_batches,
     map_stream,
     place_for,
 )
@@ -100,11 +100,11 @@ def test_streams_are_equal_until_they_advance() -> None:
     assert not streams.are_equal
 
 
-def test_map_batches_joins_what_the_function_returns_in_order() -> None:
-    values = torch.randn(10, 4096, 1)
+def test_a_device_gets_as_many_samples_as_fill_it(tmp_path: Path) -> None:
+    values = torch.randn(10, 1024, 1)
     sizes: list[int] = []
-    result = map_batches(lambda batch: sizes.append(len(batch)) or batch * 2, values)  # type: ignore[func-returns-value]
-    assert torch.equal(result, values * 2)
+    result = map_stream(lambda batch: sizes.append(len(batch)) or batch * 2, values, storage_in(tmp_path))  # type: ignore[func-returns-value]
+    assert torch.equal(torch.cat(list(result.parts())), values * 2)
     assert sizes == [2] * 5
 
 
@@ -139,6 +139,19 @@ class TestPlace:
     )
     def test_with_one(self, device: float, host: float, place: str) -> None:
         assert place_for(2000, BudgetSpec(device=device, host=host), torch.device("cuda")) == place
+
+    def test_what_torch_keeps_for_later_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """40 % of 1000 free bytes are not enough; of those and 1500 of its own that torch does not use, they are."""
+        kept = {"mem_get_info": (1000, 9000), "memory_reserved": 2500, "memory_allocated": 1000}
+        for name, value in kept.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        places = [place_for(size, BudgetSpec(host=1.0), torch.device("cuda")) for size in (1000, 1001)]
+        assert places == ["device", "host"]
+
+    def test_a_room_counts_bytes(self, tmp_path: Path) -> None:
+        room = Room(CPU, tmp_path, BudgetSpec(host=1e-6))
+        assert [room.storage(250).place, room.storage(251).place] == ["device", "disk"]
+        assert room.storage(500, torch.bfloat16).place == "device"
 
     def test_files_go_with_their_streams(self, tmp_path: Path) -> None:
         storage = storage_in(tmp_path)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from omniquant_pl.activations import Storage, Stream
+from omniquant_pl.calibration import stream_count
 from omniquant_pl.callbacks import CheckpointCallback, ExportCallback, KeepBestState, MetricsCallback, NumericsGuard
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.hooks import CalibrationCallback
@@ -38,7 +43,7 @@ def living(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
 
 
 class Census(CalibrationCallback):
-    """Counts living blocks where a block comes and where all have gone."""
+    """Counts what lives where a block comes and where all have gone."""
 
     def __init__(self, living: Callable[[], int]) -> None:
         self._living = living
@@ -79,6 +84,83 @@ def test_blocks_go_when_they_are_done(
     assert max(census.counts[1:-3]) == most
     assert census.counts[-3:] == [0, 0, 0]
     assert living() == 0
+
+
+class Streams:
+    """Counts the streams that are in memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._made: list[weakref.ref[Stream]] = []
+        self.most = 0
+        empty = Storage.empty
+
+        def count(storage: Storage, shape: torch.Size) -> Stream:
+            stream = empty(storage, shape)
+            self._made.append(weakref.ref(stream))
+            self.most = max(self.most, self.count())
+            return stream
+
+        monkeypatch.setattr(Storage, "empty", count)
+
+    def count(self) -> int:
+        """How many there are."""
+        return sum(stream() is not None for stream in self._made)
+
+
+@pytest.mark.parametrize("window", [WindowSpec(1, 1), WindowSpec(2, 1), WindowSpec(2, 2)], ids=["1", "2", "2-2"])
+@pytest.mark.parametrize("aug_loss", [False, True], ids=["", "aug"])
+def test_streams_are_as_many_as_room_is_made_for_and_gone_before_the_evaluation(
+    make_llama: Callable[..., Path],
+    fit: Callable[..., SequentialTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    window: WindowSpec,
+    aug_loss: bool,
+) -> None:
+    streams = Streams(monkeypatch)
+    census = Census(streams.count)
+    model = OmniQuantModel(str(make_llama(num_hidden_layers=4)), window=window, aug_loss=aug_loss)
+    gc.disable()
+    try:
+        fit(model, [MetricsCallback(), census], {"batch_size": 3})
+    finally:
+        gc.enable()
+    assert streams.most == stream_count(window.blocks)
+    assert census.counts[0] == 0
+    assert census.counts[-3:] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_embedding_and_head_are_on_the_device_while_they_are_needed(
+    llama: Path, fit: Callable[..., SequentialTrainer], monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """Whatever runs them finds them there, and no block learns beside them unless its loss needs the head."""
+    places, learned = ["cpu"], []
+    on = SourceModel.on
+
+    @contextmanager
+    def moved(source: SourceModel, device: torch.device) -> Iterator[None]:
+        with on(source, device):
+            places.append("device")
+            yield
+            places.pop()
+
+    monkeypatch.setattr(SourceModel, "on", moved)
+    for name in ("calls", "embed", "logits"):
+        run = getattr(SourceModel, name)
+
+        def found(*arguments: Any, run: Any = run) -> Any:
+            assert places[-1] == "device"
+            return run(*arguments)
+
+        monkeypatch.setattr(SourceModel, name, found)
+
+    class Watch(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            learned.append(places[-1])
+
+    fit(OmniQuantModel(str(llama), output_loss=loss), [MetricsCallback(), Watch()], {"batch_size": 3})
+    assert learned == ["cpu", "device" if loss == "kl" else "cpu"]
+    assert places == ["cpu"]
 
 
 def test_memory_is_given_back_at_any_time() -> None:

@@ -14,7 +14,7 @@ from omniquant_pl.activations.storage import Storage
 from omniquant_pl.activations.stream import Stream
 from omniquant_pl.memory import make_room
 
-__all__ = ["BatchOrder", "StreamBatches", "map_batches", "map_stream", "read_ahead"]
+__all__ = ["BatchOrder", "StreamBatches", "map_stream", "read_ahead"]
 
 _TOKENS_PER_PASS, _TOKENS_PER_CPU_PASS = 8192, 2048
 """Tokens of one batch where no gradient is needed: enough to fill a device, few enough for a processor's caches."""
@@ -24,12 +24,6 @@ _T = TypeVar("_T")
 
 def _samples_per_pass(tokens: int, device: torch.device) -> int:
     return max(1, (_TOKENS_PER_CPU_PASS if device.type == "cpu" else _TOKENS_PER_PASS) // tokens)
-
-
-@torch.no_grad()
-def map_batches(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Applies a function to ``[samples, tokens, ...]`` some samples at a time and joins the results."""
-    return torch.cat([function(batch) for batch in values.split(_samples_per_pass(values.shape[1], values.device))])
 
 
 @torch.no_grad()

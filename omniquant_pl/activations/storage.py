@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from omniquant_pl.activations.stream import Stream
 from omniquant_pl.spec import BudgetSpec
 
-__all__ = ["STREAM_PREFIX", "Place", "Storage", "place_for"]
+__all__ = ["STREAM_PREFIX", "Place", "Room", "Storage", "place_for"]
 
 Place = Literal["device", "host", "disk"]
 
@@ -45,7 +46,9 @@ def _bytes(gigabytes: float | None, free: Callable[[], int]) -> float:
 
 
 def _free_device(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0])
+    """Bytes that nobody has taken, and those that torch keeps for tensors to come: it took them in an earlier pass."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def _free_host() -> int:
@@ -56,6 +59,25 @@ def _free_host() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a process may take for streams."""
+
+    device: torch.device
+    """Where blocks are computed."""
+    folder: Path
+    """For files, if there are any; of this process alone."""
+    budget: BudgetSpec = field(default_factory=BudgetSpec)
+    """How much may be taken."""
+    processes: int = 1
+    """How many of this machine need as much, each with a device of its own."""
+
+    def storage(self, numbers: int, dtype: torch.dtype = torch.float32) -> Storage:
+        """Returns the first place that has room for so many numbers, of all streams that there are at once."""
+        place = place_for(numbers * dtype.itemsize, self.budget, self.device, self.processes)
+        return Storage(place, dtype, self.device, self.folder)
 
 
 class Storage:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -238,6 +239,15 @@ class SourceModel:
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Moves what surrounds the blocks, to compute in a dtype."""
         nn.Module.to(self._model, device, dtype)
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Moves what surrounds the blocks to a device for a while: it is large, and seldom needed there."""
+        self.to(device)
+        try:
+            yield
+        finally:
+            self.to(torch.device("cpu"))
 
     @property
     def device(self) -> torch.device:

@@ -44,8 +44,8 @@ def border_streams(
     Returns:
         The streams that this process needs, by the index of the block.
     """
-    source.to(engine.device)
-    calls = source.calls(tokens.shape[1])
+    with source.on(engine.device):
+        calls = source.calls(tokens.shape[1])
     found: dict[int, Stream] = {}
     with engine.context():
         hidden = engine.embed(source, tokens)

@@ -45,10 +45,10 @@ def measured_times(
         Its times, and how many numbers it learns.
     """
     source, device = model.source, engine.device
-    source.to(device)
-    call = source.calls(tokens.shape[1])[index]
     batch = tokens[:batch_size]
-    hidden = source.embed(batch).float()
+    with source.on(device):
+        call = source.calls(tokens.shape[1])[index]
+        hidden = source.embed(batch).float()
     linears = source.layouts[index].linears
     read, tensors = _timed(lambda: source.block_tensors(index), device, 1)
     original = source.make_block(index, tensors).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from omniquant_pl.calibration import stream_count
 from omniquant_pl.distributed import balanced_segments, share_out
 from omniquant_pl.errors import ConfigurationError
 
@@ -119,7 +120,8 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
     if job.stitch_epochs and segments > 1:
         stitched = [_stitch_seconds(job, times, part, share) for part in parts[1:]]
         total += 2 * inputs + _longest([0.0, *stitched], in_turn)
-    block_memory, stream_memory = _COPIES * 4 * job.window * max(job.costs), _stream_memory(job, share, in_turn)
+    block_memory = _COPIES * 4 * job.window * max(job.costs)
+    stream_memory = _stream_memory(job, share, stream_count(job.window, segments, in_turn))
     return Plan(
         segments=segments,
         processes_per_segment=share,
@@ -161,10 +163,8 @@ def _stitch_seconds(job: Job, times: BlockTimes, blocks: range, share: int) -> f
     return learned + sum(_seconds(job, times, job.costs[index], share, 0) for index in blocks[count:])
 
 
-def _stream_memory(job: Job, share: int, in_turn: int) -> int:
-    """Streams of a process, the inputs of all its segments among them."""
-    numbers = job.samples // share * job.tokens * job.channels
-    return (4 + job.window + 2 * in_turn) * numbers * job.stream_bytes
+def _stream_memory(job: Job, share: int, streams: int) -> int:
+    return streams * (job.samples // share) * job.tokens * job.channels * job.stream_bytes
 
 
 def _sent(job: Job, others: int, size: int, share: int, blocks: int) -> int:

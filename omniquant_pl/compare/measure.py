@@ -12,31 +12,33 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from omniquant_pl.activations import Room
 from omniquant_pl.checkpoint import SourceModel, write_json
 from omniquant_pl.compare.bits_and_bytes import KINDS, BitsAndBytesBlocks
 from omniquant_pl.evaluate import original_blocks, perplexity
 from omniquant_pl.memory import peak_memory
+from omniquant_pl.spec import BudgetSpec
 
 __all__ = ["AS_IT_IS", "measure"]
 
 AS_IT_IS = "as_it_is"
 
 
-def measure(kind: str, source: SourceModel, tokens: Path, device: torch.device) -> dict[str, Any]:
+def measure(kind: str, source: SourceModel, tokens: Path, room: Room) -> dict[str, Any]:
     """Returns perplexities, sizes, seconds of quantizing and the process's peak memory.
 
     Args:
         kind: ``as_it_is``, or one of :data:`omniquant_pl.compare.bits_and_bytes.KINDS`.
         source: The model.
         tokens: A safetensors file of token ids ``[windows, length]`` by name of the evaluation set.
-        device: Where to compute.
+        room: Where to compute, and what hidden states may take.
     """
-    blocks = None if kind == AS_IT_IS else BitsAndBytesBlocks(source, kind, device)
+    blocks = None if kind == AS_IT_IS else BitsAndBytesBlocks(source, kind, room.device)
     build = original_blocks(source) if blocks is None else blocks
-    perplexities = {name: perplexity(source, build, found, device) for name, found in load_file(tokens).items()}
+    perplexities = {name: perplexity(source, build, found, room) for name, found in load_file(tokens).items()}
     sizes = _sizes(source) if blocks is None else _quantized_sizes(source, blocks)
     seconds = None if blocks is None else blocks.seconds
-    return {"perplexity": perplexities, **sizes, "seconds": seconds, "peak_memory_bytes": peak_memory(device)}
+    return {"perplexity": perplexities, **sizes, "seconds": seconds, "peak_memory_bytes": peak_memory(room.device)}
 
 
 def _stored_bytes(source: SourceModel, name: str) -> int:
@@ -72,10 +74,15 @@ def _main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="evaluation sets, safetensors")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    for place in ("device", "host"):
+        help_text = f"gigabytes of hidden states on the {place}; by default 40 %% of what is free"
+        parser.add_argument(f"--{place}-gigabytes", type=float, help=help_text)
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     source = SourceModel(options.model, options.trust_remote_code)
-    write_json(options.output, measure(options.kind, source, options.tokens, options.device))
+    budget = BudgetSpec(options.device_gigabytes, options.host_gigabytes)
+    room = Room(options.device, options.output.parent, budget)
+    write_json(options.output, measure(options.kind, source, options.tokens, room))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def measure_apart(bench: Bench, folder: Path, model: Path, kind: str = AS_IT_IS)
     command = [sys.executable, "-m", "omniquant_pl.compare.measure", f"--kind={kind}", f"--model={model}"]
     command += [f"--tokens={bench.write_evaluation(folder)}", f"--output={result}", f"--device={bench.device}"]
     command += ["--trust-remote-code"] if bench.model.trust_remote_code else []
+    budget = bench.model.activation_budget
+    given = {"device": budget.device, "host": budget.host}
+    command += [f"--{place}-gigabytes={size}" for place, size in given.items() if size is not None]
     finished = run_logged(command, folder / "measure.txt")
     if finished.failure is not None:
         raise CalibrationError(finished.failure)

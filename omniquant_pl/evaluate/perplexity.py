@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from omniquant_pl.activations import map_batches
+from omniquant_pl.activations import Room, Stream, map_stream
 from omniquant_pl.checkpoint import BlockCall, SourceModel
 from omniquant_pl.distributed import Group
 from omniquant_pl.memory import return_free_memory
@@ -53,7 +53,7 @@ def perplexity(
     source: SourceModel,
     build: BlockBuilder,
     tokens: Tensor,
-    device: torch.device,
+    room: Room,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     group: Group | None = None,
 ) -> float:
@@ -63,7 +63,7 @@ def perplexity(
         source: The original model, whose embedding and head are used.
         build: Makes the blocks in between.
         tokens: Token ids ``[windows, length]``.
-        device: Where to compute.
+        room: Where to compute, and what hidden states may take: two copies, in float32.
         context: Precision context of the forward passes.
         group: Processes that share the windows.
 
@@ -73,7 +73,7 @@ def perplexity(
     group = group or Group()
     share = group.share(tokens)
     count = len(share) * (tokens.shape[1] - 1)
-    mean = _mean_loss(source, build, share, device, context) if count else 0.0
+    mean = _mean_loss(source, build, share, room, context) if count else 0.0
     total, predicted = group.total((mean * count, count))
     return float(torch.tensor(total / predicted, dtype=torch.float64).exp())  # infinite where math.exp overflows
 
@@ -82,21 +82,28 @@ def _mean_loss(
     source: SourceModel,
     build: BlockBuilder,
     tokens: Tensor,
-    device: torch.device,
+    room: Room,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> float:
     """The mean negative log-likelihood over this process's tokens."""
-    source.to(device)
-    calls = source.calls(tokens.shape[1])
+    storage = room.storage(2 * tokens.numel() * source.config.hidden_size)
     with context():
-        hidden = map_batches(source.embed, tokens)
+        with source.on(room.device):
+            calls = source.calls(tokens.shape[1])
+            hidden = map_stream(source.embed, tokens, storage)
         for index in range(len(source)):
-            block = build(index, source.block_tensors(index), calls[index]).to(device)
-            hidden = map_batches(lambda batch, block=block: block(batch).float(), hidden)  # type: ignore[misc]
+            block = build(index, source.block_tensors(index), calls[index]).to(room.device)
+            hidden = map_stream(lambda batch, block=block: block(batch).float(), hidden, storage)  # type: ignore[misc]
             del block
             return_free_memory()
+    with source.on(room.device):
+        return _mean_loss_of(source, hidden, tokens.to(room.device))
+
+
+def _mean_loss_of(source: SourceModel, hidden: Stream, tokens: Tensor) -> float:
+    """The same from the last block's output, window by window."""
     mean = MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
-    for states, window in zip(hidden.split(1), tokens.to(device).split(1), strict=True):
+    for states, window in zip(hidden.parts(1), tokens.split(1), strict=True):
         # Not torchmetrics' Perplexity: its softmax is zero, and its logarithm infinite, 104 below the highest logit.
         loss = F.cross_entropy(source.logits(states)[0, :-1].float(), window[0, 1:], reduction="none")
         mean.update(loss.cpu().double())

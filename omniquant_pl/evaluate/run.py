@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import Tensor
 
+from omniquant_pl.activations import Room
 from omniquant_pl.distributed import Group
 from omniquant_pl.evaluate.perplexity import BlockBuilder, original_blocks, perplexity
 from omniquant_pl.model import OmniQuantModel
@@ -26,7 +26,7 @@ class Evaluation:
         model: The settings.
         folder: Where the learned factors of the quantized variant are read from.
         tokens: Token ids ``[windows, length]`` by name of the evaluation set.
-        device: Where to compute.
+        room: Where to compute, and what hidden states may take.
         context: Precision context of the forward passes.
         group: Processes that share the windows.
     """
@@ -36,14 +36,14 @@ class Evaluation:
         model: OmniQuantModel,
         folder: RunFolder,
         tokens: Mapping[str, Tensor],
-        device: torch.device,
+        room: Room,
         context: Callable[[], AbstractContextManager[Any]],
         group: Group | None = None,
     ) -> None:
         self._model = model
         self._folder = folder
         self._tokens = tokens
-        self._device = device
+        self._room = room
         self._context = context
         self._group = group
 
@@ -58,7 +58,7 @@ class Evaluation:
         build = self._builder(variant)
         source = self._model.unrotated() if variant == "round_to_nearest" else self._model.source
         return {
-            name: perplexity(source, build, windows, self._device, self._context, self._group)
+            name: perplexity(source, build, windows, self._room, self._context, self._group)
             for name, windows in self._tokens.items()
         }
 

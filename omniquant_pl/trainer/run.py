@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor
 
+from omniquant_pl.activations import Room
 from omniquant_pl.checkpoint.guarded import GuardedCheckpointIO
 from omniquant_pl.data import CalibrationData, TextSettings
 from omniquant_pl.distributed import Group, GroupStrategy
@@ -80,8 +81,15 @@ class RunTrainer(Trainer):
 
     def evaluation(self, model: OmniQuantModel) -> Evaluation:
         """Returns what measures the perplexities of the run; :meth:`prepare` comes first."""
-        device, context = self.strategy.root_device, self.precision_plugin.forward_context
-        return Evaluation(model, self.run_folder, self.evaluation_tokens, device, context, self.group)
+        # Apart from a calibration's files: a run that is measured may be going on.
+        room, context = self.room(model, self.run_folder.streams / "evaluation"), self.precision_plugin.forward_context
+        return Evaluation(model, self.run_folder, self.evaluation_tokens, room, context, self.group)
+
+    def room(self, model: OmniQuantModel, folder: Path) -> Room:
+        """Returns what this process may take for hidden states, with files in a folder of the group's."""
+        if self.group.size > 1:
+            folder = folder / f"{self.group.rank:05d}-of-{self.group.size:05d}"
+        return Room(self.strategy.root_device, folder, model.activation_budget, self.num_devices)
 
     @property
     def group(self) -> Group:

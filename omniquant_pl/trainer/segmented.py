@@ -138,7 +138,8 @@ class SegmentedCalibration:
         self._trainer.group.barrier()
 
     def _engine(self) -> Engine:
-        return self._trainer.engine(self._model, self._tokens, self._data.micro_batch_size, streams=2 * self._each)
+        micro_batch_size, segments = self._data.micro_batch_size, len(self._segments)
+        return self._trainer.engine(self._model, self._tokens, micro_batch_size, segments, self._each)
 
     def _inputs(self, build: BlockBuilder, segments: range, engine: Engine) -> dict[int, Stream]:
         """Hidden states in front of this process's segments, all processes taking part."""

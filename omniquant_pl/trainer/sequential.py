@@ -18,9 +18,9 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from typing_extensions import override
 
-from omniquant_pl.activations import BatchOrder, Storage, StreamBatches, Streams, place_for
+from omniquant_pl.activations import BatchOrder, StreamBatches, Streams
 from omniquant_pl.block import BlockModule
-from omniquant_pl.calibration import Calibration, Engine
+from omniquant_pl.calibration import Calibration, Engine, stream_count
 from omniquant_pl.checkpoint.guarded import load_latest
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.deciding import DECIDING_TRAINER_KEYS
@@ -178,14 +178,19 @@ class SequentialTrainer(RunTrainer):
             if isinstance(self.strategy, BlockParallelStrategy):
                 SegmentedCalibration(self, self.strategy, model, datamodule, tokens).run()
             else:
-                engine = self.engine(model, tokens, datamodule.micro_batch_size)
-                streams = Streams(engine.embed(model.source, self.group.share(tokens)))
-                blocks = range(len(model.source))
-                finished = self.finished(self.run_folder)
-                self.calibrate(model, datamodule, len(tokens), blocks, streams, engine, finished, checkpoint)
+                self._calibrate_all(model, datamodule, tokens, checkpoint)
         self.announce("on_calibration_end", model)
         if self.is_global_zero:
             self.run_folder.remove_checkpoints()
+
+    def _calibrate_all(
+        self, model: OmniQuantModel, datamodule: CalibrationData, tokens: Tensor, checkpoint: Path
+    ) -> None:
+        """Calibrates all blocks in order; the streams are gone when it returns, before anything is evaluated."""
+        engine = self.engine(model, tokens, datamodule.micro_batch_size)
+        streams = Streams(engine.embed(model.source, self.group.share(tokens)))
+        blocks, finished = range(len(model.source)), self.finished(self.run_folder)
+        self.calibrate(model, datamodule, len(tokens), blocks, streams, engine, finished, checkpoint)
 
     def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
         """Everything that decides what is learned, but for the model files and the tokens."""
@@ -233,26 +238,24 @@ class SequentialTrainer(RunTrainer):
         force = any(getattr(callback, "force", False) for callback in self.calibration_callbacks)
         return FinishedBlocks(folder, self.fingerprint, self.resumes if resumes is None else resumes, force)
 
-    def engine(self, model: OmniQuantModel, tokens: Tensor, at_once: int | None, streams: int = 0) -> Engine:
+    def engine(
+        self, model: OmniQuantModel, tokens: Tensor, at_once: int | None, segments: int = 1, in_turn: int = 1
+    ) -> Engine:
         """Returns what a calibration of the group's blocks needs of this trainer.
 
         Args:
             model: The model and its settings.
             tokens: All token ids.
             at_once: Samples that are computed at once; ``None`` for as many as there are.
-            streams: How many streams there are besides those of the calibration: two in front of a block, two behind
-                it, and the targets of its window.
+            segments: Segments of the calibration.
+            in_turn: How many of them a process calibrates one after the other.
         """
-        device, dtype, group = self.strategy.root_device, model.activation_dtype, self.group
-        count = 4 + model.window.blocks + streams
-        size = group.share(tokens).numel() * model.source.config.hidden_size * dtype.itemsize
-        place = place_for(count * size, model.activation_budget, device, self.num_devices)
-        folder = self.run_folder.streams
-        if group.size > 1:
-            folder = folder / f"{group.rank:05d}-of-{group.size:05d}"
+        room, group = self.room(model, self.run_folder.streams), self.group
+        count = stream_count(model.window.blocks, segments, in_turn)
+        numbers = group.share(tokens).numel() * model.source.config.hidden_size
         return Engine(
-            device,
-            Storage(place, dtype, device, folder),
+            room.device,
+            room.storage(count * numbers, model.activation_dtype),
             self.precision_plugin.forward_context,
             self._fit_block,
             self.announce,

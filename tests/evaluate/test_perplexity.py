@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.activations import Room
+from omniquant_pl.checkpoint import BlockCall, SourceModel
 from omniquant_pl.evaluate import original_blocks, perplexity
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.spec import ActivationSpec, WeightSpec
+from omniquant_pl.spec import ActivationSpec, BudgetSpec, WeightSpec
 
-CPU = torch.device("cpu")
+CPU = Room(torch.device("cpu"), Path("streams"))
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -113,6 +115,58 @@ class TestFullPrecision:
         measured = perplexity(source, original_blocks(source), tokens, CPU)
         assert measured == pytest.approx(64, rel=1e-6)
 
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_does_not_depend_on_where_hidden_states_are(
+        self, llama: Path, tokens: Tensor, tmp_path: Path, autocast: bool
+    ) -> None:
+        def found(budget: BudgetSpec) -> float:
+            context = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
+            source, room = SourceModel(llama), Room(CPU.device, tmp_path / "streams", budget)
+            return perplexity(source, original_blocks(source), tokens, room, context)
+
+        in_memory = found(BudgetSpec())
+        assert not (tmp_path / "streams").exists()
+        assert found(BudgetSpec(host=0)) == in_memory
+        assert list((tmp_path / "streams").iterdir()) == []
+
+    def test_two_streams_are_there_at_most(
+        self, llama: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The budget is that of both; files show how many there are while a block runs and while logits are made."""
+        source, room = SourceModel(llama), Room(CPU.device, tmp_path, BudgetSpec(host=0))
+        sizes: list[int] = []
+        compute = SourceModel.logits
+        look = lambda: sizes.append(sum(path.stat().st_size for path in tmp_path.iterdir()))  # noqa: E731
+        monkeypatch.setattr(SourceModel, "logits", lambda *arguments: look() or compute(*arguments))
+        stream = tokens.numel() * source.config.hidden_size * 4
+
+        def build(index: int, tensors: dict[str, Tensor], call: BlockCall) -> nn.Module:
+            block = original_blocks(source)(index, tensors, call)
+            block.register_forward_hook(lambda *_: look())
+            return block
+
+        perplexity(source, build, tokens, room)
+        assert max(sizes) <= 2 * stream
+        assert sizes[-1] == stream
+
+    def test_batches_that_do_not_fit_are_halved(self, llama: Path, tokens: Tensor) -> None:
+        source = SourceModel(llama)
+        sizes: list[int] = []
+
+        def build(index: int, tensors: dict[str, Tensor], call: BlockCall) -> nn.Module:
+            block = original_blocks(source)(index, tensors, call)
+            block.register_forward_pre_hook(lambda _, inputs: refuse(len(inputs[0])))
+            return block
+
+        def refuse(samples: int) -> None:
+            sizes.append(samples)
+            if samples > 1:
+                raise torch.OutOfMemoryError("it is full")
+
+        found = perplexity(source, build, tokens, CPU)
+        assert found == pytest.approx(perplexity(source, original_blocks(source), tokens, CPU), rel=1e-6)
+        assert max(sizes) == len(tokens)
+
 
 class TestRoundToNearest:
     @pytest.mark.parametrize(
@@ -179,5 +233,5 @@ def test_a_token_far_below_the_best_is_finite(make_llama: Callable[..., Path], t
     gap = logits.amax(-1) - logits.gather(-1, tokens[:, 1:, None])[..., 0]
     assert float(gap.max()) > 104
     source = SourceModel(folder)
-    found = perplexity(source, original_blocks(source), tokens, torch.device("cpu"))
+    found = perplexity(source, original_blocks(source), tokens, CPU)
     assert found == pytest.approx(expected, rel=1e-4)
