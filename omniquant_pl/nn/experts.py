@@ -40,6 +40,7 @@ class UnfusedExperts(nn.ModuleList):
         count, twice, hidden = gate_up.shape
         with gate_up.device:
             super().__init__(_Expert(names, hidden, twice // 2) for _ in range(count))
+        self._count = count  # not the length, which the activation function counts for
         self.act_fn = cast(nn.Module, experts.act_fn)
 
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
@@ -51,12 +52,12 @@ class UnfusedExperts(nn.ModuleList):
             shares: The router's weights of them ``[tokens, top_k]``.
         """
         experts, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(experts, torch.arange(len(self), device=experts.device), right=True)
+        ends = torch.searchsorted(experts, torch.arange(self._count, device=experts.device), right=True)
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()  # all that is waited for, however many experts there are
         tokens, shares = order // chosen.shape[1], shares.flatten()[order, None]
         result = torch.zeros_like(hidden)
-        for expert, own, share in zip(self, tokens.split(counts), shares.split(counts), strict=True):
+        for index, (own, share) in enumerate(zip(tokens.split(counts), shares.split(counts), strict=True)):
             if len(own) > 0:
-                output = expert(hidden[own], self.act_fn) * share
+                output = self[index](hidden[own], self.act_fn) * share
                 result = result.index_add(0, own, output.to(result.dtype))
         return result
