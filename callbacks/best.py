@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +14,7 @@ from typing_extensions import override
 from omniquant_pl.activations import StreamBatches
 from omniquant_pl.block import BlockModule
 from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.quantized_block import QuantizedBlock
 
 __all__ = ["KeepBestState"]
 
@@ -58,7 +60,10 @@ class KeepBestState(CalibrationCallback):
 
     def _compare(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, BlockModule)
-        with trainer.precision_plugin.forward_context():
+        with ExitStack() as stack:
+            stack.enter_context(trainer.precision_plugin.forward_context())
+            for block in module.blocks:
+                stack.enter_context(cast(QuantizedBlock, block).held())
             batches: StreamBatches = trainer.train_dataloader  # type: ignore[assignment]
             losses = [module.total_loss(batch) for batch in batches]
         loss = float(trainer.strategy.reduce(torch.stack(losses).sum(), reduce_op="sum"))

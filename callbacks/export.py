@@ -44,7 +44,8 @@ class ExportCallback(CalibrationCallback):
         assert isinstance(trainer, SequentialTrainer)
         if self._open(model) is not None:
             run = trainer.run_folder
-            refuse_target(run.model, run.path, model.source.folder, "trainer.default_root_dir")
+            key = "trainer.default_root_dir"
+            refuse_target(run.model, run.path, model.source.folder, key, is_replaced=trainer.resumes)
 
     @override
     def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:

@@ -141,8 +141,10 @@ class NumericsGuard(CalibrationCallback):
             bases = [rate / 2 for rate in config.scheduler.base_lrs]
             config.scheduler.load_state_dict(state)
             config.scheduler.base_lrs = bases
-        assert trainer.fit_loop.max_epochs is not None
-        trainer.fit_loop.max_epochs += 1
+        loop = trainer.fit_loop
+        assert loop.max_epochs is not None
+        assert loop.min_epochs is not None
+        loop.max_epochs, loop.min_epochs = loop.max_epochs + 1, loop.min_epochs + 1
         # The epoch has no loss. EarlyStopping, which comes next, would count the last one again, or miss it.
         trainer.callback_metrics.pop("loss", None)
         self._strict = [stopping for stopping in trainer.early_stopping_callbacks if stopping.strict]

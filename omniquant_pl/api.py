@@ -56,6 +56,8 @@ def quantize(
     """
     with _folder(output) as folder:
         source = folder / "original"
+        if (folder / "config.yaml").exists():  # of that model, which would be replaced
+            raise ConfigurationError("output", f"{folder} holds a run; give a new folder, or delete that one")
         refuse_target(folder / "model", folder, Path(model.name_or_path or source), "output")
         model.save_pretrained(source)
         if tokenizer is not None:

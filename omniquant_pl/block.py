@@ -21,7 +21,7 @@ from omniquant_pl.distributed import Group, add_gradients
 from omniquant_pl.divergence import mean_divergence
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.memory import make_room
-from omniquant_pl.parts import gradients_in_parts, parts_of, with_gradients
+from omniquant_pl.parts import exact_dtype, gradients_in_parts, parts_of, with_gradients
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import LearningSpec
 
@@ -167,7 +167,7 @@ class BlockModule(LightningModule):
             _log.warning("block %d: torch.compile %s; the block learns by plain steps", self.index, reason)
 
     def _gradients(self, parameters: Sequence[nn.Parameter], samples: int | None = None) -> _Gradients:
-        dtype = torch.float64 if self.is_exact else torch.float32
+        dtype = exact_dtype(self._batch[0].device) if self.is_exact else torch.float32
         return gradients_in_parts(self.loss, self._batch, parameters, self.at_once, samples, dtype)
 
     def _take_less_at_once(self, message: str) -> None:
@@ -190,10 +190,11 @@ class BlockModule(LightningModule):
         """
         was_compiled, self._is_compiled = self._is_compiled, False
         try:
-            losses = [self.loss(part).double() * len(part[0]) for part in parts_of(batch, self.at_once)]
+            losses = [self.loss(part) * len(part[0]) for part in parts_of(batch, self.at_once)]
         finally:
             self._is_compiled = was_compiled
-        return torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64, device=batch[0].device)
+        found = torch.stack(losses) if losses else torch.zeros(0, device=batch[0].device)
+        return found.sum(dtype=exact_dtype(found.device))
 
     def loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the loss of a batch, as :meth:`training_step` gets it."""

@@ -26,6 +26,7 @@ from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.hooks import BlockResult
 from omniquant_pl.memory import return_free_memory
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.parts import exact_dtype
 from omniquant_pl.quant import observe_inputs, observe_samples
 from omniquant_pl.quantized_block import QuantizedBlock
 
@@ -357,7 +358,7 @@ def _mean_squared_error(output: Stream, target: Stream, group: Group) -> float:
 
 def _squares(values: Tensor) -> list[float]:
     """The sum of squares of every sample."""
-    return cast("list[float]", values.square().flatten(1).sum(1, dtype=torch.float64).tolist())
+    return cast("list[float]", values.square().flatten(1).sum(1, dtype=exact_dtype(values.device)).tolist())
 
 
 def _mean(sums: Iterable[list[float]], values: Stream, group: Group) -> float:

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gradients_in_parts", "parts_of", "with_gradients"]
+__all__ = ["exact_dtype", "gradients_in_parts", "parts_of", "with_gradients"]
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Returns what sums are kept in that should not depend on their order: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def parts_of(batch: Sequence[Tensor], at_once: int | None) -> list[tuple[Tensor, ...]]:

@@ -108,6 +108,16 @@ def test_a_device_gets_as_many_samples_as_fill_it(tmp_path: Path) -> None:
     assert sizes == [2] * 5
 
 
+def test_files_that_are_not_kept_have_no_name(tmp_path: Path) -> None:
+    """Whatever ends the process, they go with it."""
+    values = torch.randn(4, 8, 2)
+    storage = Room(CPU, tmp_path, BudgetSpec(device=0, host=0)).storage(10**9)
+    stream = stored(storage, values)
+    assert storage.place == "disk"
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(stream.read(slice(None)), values)
+
+
 @pytest.mark.parametrize("place", ["device", "disk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_map_stream_is_the_function_wherever_streams_are(tmp_path: Path, place: Place, dtype: torch.dtype) -> None:

@@ -125,3 +125,10 @@ def test_a_run_folder_whose_export_would_replace_something_is_refused(llama: Pat
             quantize(load(llama), settings=QUICK, output=output)
         assert not (output / "original").exists()
     assert mine.exists()
+
+
+def test_a_folder_that_holds_a_run_keeps_its_model(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigurationError, match=rf"^output: {tmp_path} holds a run"):
+        quantize(load(llama), settings=QUICK, output=tmp_path)
+    assert not (tmp_path / "original").exists()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from omniquant_pl.block import BlockModule
-from omniquant_pl.compiling import refuse_without_compiler
+from omniquant_pl.compiling import differing_kinds, refuse_without_compiler
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange, observe_inputs
@@ -292,7 +292,8 @@ def test_observed_ranges_are_those_of_the_linear_inputs() -> None:
 
 
 class TestCompiledSteps:
-    def test_have_the_gradients_of_plain_ones(self, folder: Path) -> None:
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_have_the_gradients_of_plain_ones(self, folder: Path, autocast: bool) -> None:
         found: dict[bool, dict[str, Any]] = {}
         for compiles in (False, True):
             options: dict[str, Any] = {
@@ -304,8 +305,14 @@ class TestCompiledSteps:
             block, hidden, target = make(model)
             module = learner(model, block)
             block.start_learning()
-            module.loss((hidden, target)).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = module.loss((hidden, target))
+            loss.backward()
             found[compiles] = {name: each.grad for name, each in module.named_parameters()}
+        kinds = [name.rpartition(".")[2] for name in found[False]]
+        assert not differing_kinds(list(found[False].values()), list(found[True].values()), kinds)
+        if autocast:  # compiled code rounds less often to half precision
+            return
         norms = [(plain.norm(), (found[True][name] - plain).norm()) for name, plain in found[False].items()]
         # A value at the border between two codes may fall to the other side.
         assert all(distance <= 2e-2 * norm for norm, distance in norms)

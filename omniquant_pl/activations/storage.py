@@ -74,10 +74,16 @@ class Room:
     processes: int = 1
     """How many of this machine need as much, each with a device of its own."""
 
-    def storage(self, numbers: int, dtype: torch.dtype = torch.float32) -> Storage:
-        """Returns the first place that has room for so many numbers, of all streams that there are at once."""
+    def storage(self, numbers: int, dtype: torch.dtype = torch.float32, keeps: bool = False) -> Storage:
+        """Returns the first place that has room for so many numbers, of all streams that there are at once.
+
+        Args:
+            numbers: How many.
+            dtype: What they are stored in.
+            keeps: As of :class:`Storage`.
+        """
         place = place_for(numbers * dtype.itemsize, self.budget, self.device, self.processes)
-        return Storage(place, dtype, self.device, self.folder)
+        return Storage(place, dtype, self.device, self.folder, keeps)
 
 
 class Storage:
@@ -88,13 +94,17 @@ class Storage:
         dtype: What they are stored in.
         device: Where they are computed with.
         folder: Where files go.
+        keeps: Whether they have names, so that some can be kept; others go with the process, however it ends.
     """
 
-    def __init__(self, place: Place, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, place: Place, dtype: torch.dtype, device: torch.device, folder: Path, keeps: bool = True
+    ) -> None:
         self.place = place
         self.dtype = dtype
         self.device = device
         self.folder = folder
+        self._keeps = keeps
 
     def empty(self, shape: torch.Size | tuple[int, ...]) -> Stream:
         """Returns a stream that has not been written yet, for hidden states ``[samples, tokens, channels]``.
@@ -115,7 +125,10 @@ class Storage:
             raise
         finally:
             os.close(descriptor)
-        return self.open(Path(name), shape)
+        stream = self.open(Path(name), shape)
+        if not self._keeps:
+            Path(name).unlink()  # the mapping holds on to the file
+        return stream
 
     def open(self, path: Path, shape: torch.Size | tuple[int, ...]) -> Stream:
         """Returns the stream in a file, which goes with it unless it is kept."""

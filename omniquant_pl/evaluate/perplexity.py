@@ -87,10 +87,11 @@ def _mean_loss(
 ) -> float:
     """The mean negative log-likelihood over this process's tokens."""
     storage = room.storage(2 * tokens.numel() * source.config.hidden_size)
-    with context():
-        with source.on(room.device):
-            calls = source.calls(tokens.shape[1])
+    with source.on(room.device):
+        calls = source.calls(tokens.shape[1])
+        with context():
             hidden = map_stream(source.embed, tokens, storage)
+    with context():
         for index in range(len(source)):
             block = build(index, source.block_tensors(index), calls[index]).to(room.device)
             hidden = map_stream(lambda batch, block=block: block(batch).float(), hidden, storage)  # type: ignore[misc]

@@ -35,7 +35,7 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def refuse_target(target: Path, run: Path, source: Path, key: str = "output") -> None:
+def refuse_target(target: Path, run: Path, source: Path, key: str = "output", is_replaced: bool = True) -> None:
     """Refuses a folder that an export must not take the place of, as all that is there would be gone.
 
     Args:
@@ -43,6 +43,7 @@ def refuse_target(target: Path, run: Path, source: Path, key: str = "output") ->
         run: The folder of the run that is exported.
         source: The original model's folder.
         key: The setting that the target is from.
+        is_replaced: Whether what is there goes; not if it is moved away before.
 
     Raises:
         ConfigurationError: If the target holds the run or the original model, lies in the latter, or holds anything
@@ -53,7 +54,7 @@ def refuse_target(target: Path, run: Path, source: Path, key: str = "output") ->
         reason = f"is or contains the folder of the run, {run}"
     elif origin.is_relative_to(place) or place.is_relative_to(origin):
         reason = f"is, contains or lies in the folder of the original model, {source}"
-    elif place.exists() and not _is_replaceable(place):
+    elif is_replaced and place.exists() and not _is_replaceable(place):
         reason = "holds something else than an earlier export"
     else:
         return

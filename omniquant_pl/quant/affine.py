@@ -26,6 +26,9 @@ __all__ = [
     "to_rows",
 ]
 
+_OF_NOTHING = 2.0**-14
+"""The scale of a group without extent: float16's smallest normal number."""
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -115,6 +118,8 @@ def scale_and_zero_point(
     _, highest_code = code_limits(bits, symmetric)
     extent = torch.maximum(-low, high) if symmetric else high - low
     scale = (extent / highest_code).clamp(min=smallest)
+    if smallest < _OF_NOTHING:  # no program's dtype is too small for a scale that nothing depends on
+        scale = torch.where(extent > 0, scale, _OF_NOTHING)
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(low.dtype)
     if symmetric:

@@ -69,7 +69,7 @@ def plan_run(
         times, job = _estimated(sequential, model, datamodule, teraflops, bandwidth)
         origin = f"an estimate: {teraflops:g} TFLOP/s and {bandwidth:g} GB/s sustained, nothing was measured"
     result = plan(job, times, devices, nodes, _configured(trainer) if segments is None else segments)
-    Console().print(plan_table(result, f"{devices * nodes} devices; {origin}"))
+    Console().print(plan_table(result, f"{_devices(devices * nodes)}; {origin}"))
     return result
 
 
@@ -146,6 +146,10 @@ def plan_table(found: Plan, title: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
 
 
 def _duration(hours: float) -> str:

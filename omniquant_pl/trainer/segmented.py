@@ -139,7 +139,8 @@ class SegmentedCalibration:
 
     def _engine(self) -> Engine:
         micro_batch_size, segments = self._data.micro_batch_size, len(self._segments)
-        return self._trainer.engine(self._model, self._tokens, micro_batch_size, segments, self._each)
+        shares = self._mesh.data.size  # of what the inputs are put together to, too
+        return self._trainer.engine(self._model, self._tokens, micro_batch_size, segments, self._each, shares)
 
     def _inputs(self, build: BlockBuilder, segments: range, engine: Engine) -> dict[int, Stream]:
         """Hidden states in front of this process's segments, all processes taking part."""

@@ -239,7 +239,13 @@ class SequentialTrainer(RunTrainer):
         return FinishedBlocks(folder, self.fingerprint, self.resumes if resumes is None else resumes, force)
 
     def engine(
-        self, model: OmniQuantModel, tokens: Tensor, at_once: int | None, segments: int = 1, in_turn: int = 1
+        self,
+        model: OmniQuantModel,
+        tokens: Tensor,
+        at_once: int | None,
+        segments: int = 1,
+        in_turn: int = 1,
+        shares: int | None = None,
     ) -> Engine:
         """Returns what a calibration of the group's blocks needs of this trainer.
 
@@ -249,13 +255,15 @@ class SequentialTrainer(RunTrainer):
             at_once: Samples that are computed at once; ``None`` for as many as there are.
             segments: Segments of the calibration.
             in_turn: How many of them a process calibrates one after the other.
+            shares: Processes that share the samples of a block; ``None`` for those of the group.
         """
         room, group = self.room(model, self.run_folder.streams), self.group
         count = stream_count(model.window.blocks, segments, in_turn)
-        numbers = group.share(tokens).numel() * model.source.config.hidden_size
+        samples = math.ceil(len(tokens) / (shares or group.size))
+        numbers = samples * tokens.shape[1] * model.source.config.hidden_size
         return Engine(
             room.device,
-            room.storage(count * numbers, model.activation_dtype),
+            room.storage(count * numbers, model.activation_dtype, keeps=True),
             self.precision_plugin.forward_context,
             self._fit_block,
             self.announce,
@@ -279,7 +287,8 @@ class SequentialTrainer(RunTrainer):
         self.fit_loop.max_epochs = self.first_epoch + self.epochs_per_block
         if resume is not None:
             self.first_epoch, self.fit_loop.max_epochs = resume[1]["first_epoch"], resume[1]["max_epochs"]
-        self.fit_loop.min_epochs = self.first_epoch + (self._least_epochs or 0)
+        repeated = self.fit_loop.max_epochs - self.first_epoch - self.epochs_per_block  # before an interruption
+        self.fit_loop.min_epochs = self.first_epoch + repeated + (self._least_epochs or 0)
         batches.sampler.start_block(self.first_epoch)
         block.steps = self._steps(len(batches))
         # It also keeps what EarlyStopping has seen: a later block would stop by the losses of an earlier one.

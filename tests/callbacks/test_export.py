@@ -45,16 +45,17 @@ def test_interrupted_run_exports_nothing(
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_what_is_no_export_is_refused_before_any_work(
-    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
-) -> None:
+def test_what_is_no_export_is_not_replaced(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> None:
+    """A run that goes on would replace it; one that starts moves it away."""
     path = tmp_path / "run" / "model" / "thesis.txt"
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     with pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir: .*run/model holds something else"):
-        fit(OmniQuantModel(str(llama)), [ExportCallback()], max_epochs=0)
+        fit(OmniQuantModel(str(llama)), [ExportCallback()], ckpt_path="last", max_epochs=0)
     assert path.read_text() == "mine"
     assert not (tmp_path / "run" / "blocks").exists()
+    fit(OmniQuantModel(str(llama)), [ExportCallback()], max_epochs=0)
+    assert (tmp_path / "run" / "previous" / "model" / "thesis.txt").read_text() == "mine"
 
 
 def test_the_original_model_is_not_replaced(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> None:

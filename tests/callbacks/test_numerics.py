@@ -84,9 +84,9 @@ def assert_equal(first: Any, second: Any) -> None:
 
 @pytest.fixture
 def calibrate(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> Callable[..., SequentialTrainer]:
-    def calibrate(name: str, *callbacks: Callback, epochs: int = 2) -> SequentialTrainer:
+    def calibrate(name: str, *callbacks: Callback, epochs: int = 2, **options: Any) -> SequentialTrainer:
         model = OmniQuantModel(str(llama), clipping=ClippingSpec(lr=1e-2), transform=TransformSpec(lr=4e-3))
-        return fit(model, callbacks, max_epochs=epochs, default_root_dir=tmp_path / name)
+        return fit(model, callbacks, max_epochs=epochs, default_root_dir=tmp_path / name, **options)
 
     return calibrate
 
@@ -202,6 +202,13 @@ class TestEarlyStopping:
         stop, poison = EarlyStopping("loss", patience=1, min_delta=1e9), Poison({(0, 1, 1)})
         calibrate("bad", poison, NumericsGuard(), stop, epochs=5)
         assert [len(starts) for starts in poison.starts] == [3, 2]  # one, one taken back, its repetition
+
+    def test_an_epoch_that_is_taken_back_is_none_of_the_least(
+        self, calibrate: Callable[..., SequentialTrainer]
+    ) -> None:
+        stop, poison = EarlyStopping("loss", patience=1, min_delta=1e9), Poison({(0, 1, 1)})
+        calibrate("bad", poison, NumericsGuard(), stop, epochs=5, min_epochs=4)
+        assert [len(starts) for starts in poison.starts] == [5, 4]
 
     def test_still_says_that_a_name_is_misspelled(self, calibrate: Callable[..., SequentialTrainer]) -> None:
         poison = Poison({(0, 0, 1)})

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from omniquant_pl.activations import Room
+from omniquant_pl.activations import Room, Storage
 from omniquant_pl.checkpoint import BlockCall, SourceModel
 from omniquant_pl.evaluate import original_blocks, perplexity
 from omniquant_pl.model import OmniQuantModel
@@ -134,6 +134,8 @@ class TestFullPrecision:
     ) -> None:
         """The budget is that of both; files show how many there are while a block runs and while logits are made."""
         source, room = SourceModel(llama), Room(CPU.device, tmp_path, BudgetSpec(host=0))
+        files = Storage("disk", torch.float32, CPU.device, tmp_path)  # they have names here, to be counted by
+        monkeypatch.setattr(Room, "storage", lambda *_: files)
         sizes: list[int] = []
         compute = SourceModel.logits
         look = lambda: sizes.append(sum(path.stat().st_size for path in tmp_path.iterdir()))  # noqa: E731
