@@ -25,7 +25,7 @@ from rich.text import Text
 
 _TRAIN = Path(__file__).parents[1] / "train.py"
 _FIT = ["fit", "--config", "w4a4.yaml"]
-_COLUMNS, _ROWS = 150, 14
+_COLUMNS, _ROWS = 165, 14
 _FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
     *("--disable-component-update", "--disable-sync", "--hide-scrollbars"),
