@@ -147,8 +147,10 @@ class BlockModule(LightningModule):
         Compilers have errors, and a wrong gradient would only be seen in the perplexity. Every size of a batch has
         compiled code of its own.
         """
+        if not self._is_compiled:
+            return
         sizes = {len(part[0]) for part in parts_of(self._batch, self.at_once)}
-        if not self._is_compiled or sizes <= self._checked:
+        if sizes <= self._checked:
             return
         kinds = [name.rpartition(".")[2] for name, parameter in self.named_parameters() if parameter.requires_grad]
         self._is_compiled = False

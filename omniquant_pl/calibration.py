@@ -2,96 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from omniquant_pl.activations import BatchOrder, KeptStreams, Storage, Stream, StreamBatches, Streams, map_stream
+from omniquant_pl.activations import (
+    BatchOrder,
+    KeptStreams,
+    Stream,
+    StreamBatches,
+    Streams,
+    mean_square,
+    mean_squared_error,
+)
 from omniquant_pl.arch import BlockLayout
 from omniquant_pl.block import BlockModule
-from omniquant_pl.checkpoint import SourceModel
-from omniquant_pl.distributed import Group, add_moments, join_ranges, join_samples, refuse_unequal
+from omniquant_pl.distributed import add_moments, join_ranges, join_samples, refuse_unequal
+from omniquant_pl.engine import Engine
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.finished import FinishedBlocks
 from omniquant_pl.hooks import BlockResult
 from omniquant_pl.memory import return_free_memory
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.parts import exact_dtype
 from omniquant_pl.quant import observe_inputs, observe_samples
 from omniquant_pl.quantized_block import QuantizedBlock
 
-__all__ = ["Calibration", "Engine", "stream_count"]
+__all__ = ["Calibration"]
 
 _log = logging.getLogger(__name__)
-
-
-def stream_count(window: int, segments: int = 1, in_turn: int = 1) -> int:
-    """Returns how many streams of all samples a process has at once, at most.
-
-    They are two in front of a block, two behind it (its output and, to compare with, that of round-to-nearest), and the
-    targets of its window; an augmented target is gone before anything is measured. Of segments, both inputs are added.
-
-    Args:
-        window: Blocks that learn together.
-        segments: Segments of the calibration.
-        in_turn: How many of them a process calibrates one after the other.
-    """
-    return 4 + window + (2 * in_turn if segments > 1 else 0)
-
-
-class Engine:
-    """What the calibration needs of the trainer.
-
-    Args:
-        device: Where blocks are computed.
-        storage: Where streams are kept.
-        context: Precision context of a forward pass.
-        fit_block: Lets a block learn from batches.
-        announce: Calls a hook of the callbacks with its arguments.
-        pause: Called where an interruption loses nothing.
-        group: The processes that have the other samples; the streams of this one hold its share.
-        at_once: Samples that are computed at once; ``None`` for as many as fill the device, and all of a step.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        storage: Storage,
-        context: Callable[[], AbstractContextManager[Any]],
-        fit_block: Callable[[BlockModule, StreamBatches], None],
-        announce: Callable[..., None],
-        pause: Callable[[], None] = lambda: None,
-        group: Group | None = None,
-        at_once: int | None = None,
-    ) -> None:
-        self.device = device
-        self.storage = storage
-        self.context = context
-        self.fit_block = fit_block
-        self.announce = announce
-        self.pause = pause
-        self.group = group or Group()
-        self.at_once = at_once
-
-    def embed(self, source: SourceModel, tokens: Tensor) -> Stream:
-        """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""
-        with source.on(self.device):
-            return map_stream(source.embed, tokens, self.storage, at_once=self.at_once)
-
-    def map(self, function: Callable[[Tensor], Tensor], hidden: Stream, splits: bool = True) -> Stream:
-        """Runs a block over a stream without gradients; see :func:`map_stream`."""
-        with self.context():
-            return map_stream(lambda batch: function(batch).float(), hidden, self.storage, splits, self.at_once)
 
 
 class Calibration:
@@ -272,7 +218,7 @@ class Calibration:
             with entry.block.held():
                 hidden = self._engine.map(entry.block, hidden)
             if math.isnan(entry.block.loss_initial):
-                entry.block.loss_initial = _mean_squared_error(hidden, entry.target, self._engine.group)
+                entry.block.loss_initial = mean_squared_error(hidden, entry.target, self._engine.group)
 
     def _augmented_target(self, window: Sequence[_Pending]) -> Stream:
         """The original blocks' output for the quantized stream."""
@@ -313,9 +259,9 @@ class Calibration:
         nearest = self._model.round_to_nearest(block.index, tensors, block.call).to(engine.device)
         group = engine.group
         # It is zero of tokens without embeddings.
-        power = max(_mean_square(target, group), torch.finfo(torch.float32).tiny)
-        loss = _mean_squared_error(output, target, group)
-        nearest_loss = _mean_squared_error(engine.map(nearest, self._streams.quantized), target, group)
+        power = max(mean_square(target, group), torch.finfo(torch.float32).tiny)
+        loss = mean_squared_error(output, target, group)
+        nearest_loss = mean_squared_error(engine.map(nearest, self._streams.quantized), target, group)
         return BlockResult(
             index=block.index,
             loss_initial=block.loss_initial,
@@ -344,23 +290,3 @@ def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
     assert layout.experts is not None  # every other linear is reached
     module = f"{layout.experts.module}."
     return ", ".join(map(str, sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})))
-
-
-def _mean_square(values: Stream, group: Group) -> float:
-    """Mean over the streams of a group, a few samples at a time: no copy of the whole is made."""
-    return _mean(map(_squares, values.parts()), values, group)
-
-
-def _mean_squared_error(output: Stream, target: Stream, group: Group) -> float:
-    parts = zip(output.parts(), target.parts(), strict=True)
-    return _mean((_squares(one - other) for one, other in parts), output, group)
-
-
-def _squares(values: Tensor) -> list[float]:
-    """The sum of squares of every sample."""
-    return cast("list[float]", values.square().flatten(1).sum(1, dtype=exact_dtype(values.device)).tolist())
-
-
-def _mean(sums: Iterable[list[float]], values: Stream, group: Group) -> float:
-    total, count = group.total((math.fsum(itertools.chain.from_iterable(sums)), values.shape.numel()))
-    return total / count

@@ -15,9 +15,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from omniquant_pl.activations import Storage, Stream
-from omniquant_pl.calibration import stream_count
 from omniquant_pl.callbacks import CheckpointCallback, ExportCallback, KeepBestState, MetricsCallback, NumericsGuard
 from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.engine import stream_count
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.memory import make_room, return_free_memory
 from omniquant_pl.model import OmniQuantModel

@@ -243,11 +243,12 @@ class SourceModel:
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """Moves what surrounds the blocks to a device for a while: it is large, and seldom needed there."""
+        before = self.device
         self.to(device)
         try:
             yield
         finally:
-            self.to(torch.device("cpu"))
+            self.to(before)
 
     @property
     def device(self) -> torch.device:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.activations import Storage, Stream, read_ahead
-from omniquant_pl.calibration import Engine
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.distributed import Group
+from omniquant_pl.engine import Engine
 from omniquant_pl.evaluate.perplexity import BlockBuilder
 from omniquant_pl.memory import return_free_memory
 
@@ -44,11 +44,11 @@ def border_streams(
     Returns:
         The streams that this process needs, by the index of the block.
     """
+    found: dict[int, Stream] = {}
     with source.on(engine.device):
         calls = source.calls(tokens.shape[1])
-    found: dict[int, Stream] = {}
-    with engine.context():
-        hidden = engine.embed(source, tokens)
+        with engine.context():
+            hidden = engine.embed(source, tokens)
     last = max(owners)
     blocks = read_ahead(source.block_tensors(index) for index in range(last))
     for index in range(last + 1):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.block import BlockModule
-from omniquant_pl.calibration import Engine
 from omniquant_pl.cluster.plan import BlockTimes
+from omniquant_pl.engine import Engine
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import observe_inputs, observe_samples
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omniquant_pl.calibration import stream_count
 from omniquant_pl.distributed import balanced_segments, share_out
+from omniquant_pl.engine import stream_count
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["BlockTimes", "Job", "Plan", "plan"]

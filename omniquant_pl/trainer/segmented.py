@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from omniquant_pl.activations import Stream, Streams
-from omniquant_pl.calibration import Engine
 from omniquant_pl.checkpoint.files import replace_file
 from omniquant_pl.cluster import border_streams
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import BlockParallelStrategy, balanced_segments
+from omniquant_pl.engine import Engine
 from omniquant_pl.evaluate import original_blocks
 from omniquant_pl.evaluate.perplexity import BlockBuilder
 from omniquant_pl.finished import FinishedBlocks

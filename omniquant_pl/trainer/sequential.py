@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from omniquant_pl.activations import BatchOrder, StreamBatches, Streams
 from omniquant_pl.block import BlockModule
-from omniquant_pl.calibration import Calibration, Engine, stream_count
+from omniquant_pl.calibration import Calibration
 from omniquant_pl.checkpoint.guarded import load_latest
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.deciding import DECIDING_TRAINER_KEYS
@@ -31,6 +31,7 @@ from omniquant_pl.distributed import (
     refuse_differing,
     refuse_separate_folders,
 )
+from omniquant_pl.engine import Engine, stream_count
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.fingerprint import fingerprint
 from omniquant_pl.finished import FinishedBlocks
@@ -295,11 +296,10 @@ class SequentialTrainer(RunTrainer):
         for callback, state in self._early_stopping:
             callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
-        wanted = block.at_once
-        if self._at_once is not None:  # a step of an earlier block did not fit into memory
-            block.at_once = self._at_once if wanted is None else min(wanted, self._at_once)
+        # Of an earlier block, as many may not have fitted into memory.
+        block.at_once = min((size for size in (block.at_once, self._at_once) if size is not None), default=None)
         self._run(block, ckpt_path=None if resume is None else resume[0])
-        self._at_once = block.at_once if block.at_once != wanted else self._at_once
+        self._at_once = block.at_once
         # Or Lightning would hold on to the optimizer's state and the block's streams until the next one comes.
         self.strategy.optimizers, self.strategy.lr_scheduler_configs = [], []
         self.fit_loop._combined_loader = None
