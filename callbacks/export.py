@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import Export, FormatName, StorageDtype, open_format, refuse_target
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
@@ -42,7 +43,9 @@ class ExportCallback(CalibrationCallback):
     @override
     def on_ready(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        if self._open(model) is not None:
+        export = self._open(model)
+        if export is not None:
+            export.check_values(model)
             run = trainer.run_folder
             key = "trainer.default_root_dir"
             refuse_target(run.model, run.path, model.source.folder, key, is_replaced=trainer.resumes)
@@ -52,4 +55,8 @@ class ExportCallback(CalibrationCallback):
         assert isinstance(trainer, SequentialTrainer)
         export = self._open(model)
         if export is not None and trainer.is_global_zero:
-            export.write(model, trainer.run_folder, trainer.run_folder.model)
+            try:
+                export.write(model, trainer.run_folder, trainer.run_folder.model)
+            except ConfigurationError as error:
+                again = f"python train.py export --config {trainer.run_folder.config} --dtype float32"
+                raise ConfigurationError(error.key, f"{error.reason}; the calibration is kept: {again}") from error

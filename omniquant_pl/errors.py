@@ -16,6 +16,7 @@ class ConfigurationError(ValueError):
     def __init__(self, key: str, message: str) -> None:
         super().__init__(f"{key}: {message}")
         self.key = key
+        self.reason = message
 
 
 class CalibrationError(RuntimeError):

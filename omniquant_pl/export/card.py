@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from omniquant_pl.export.card_metadata import card_metadata
+from omniquant_pl.export.remote_code import drops_code
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import VARIANTS, RunFolder
 
@@ -23,7 +24,7 @@ _CARD = """---
 # {base}, {scheme} by OmniQuant
 
 {storage}
-{activations}
+{code}{activations}
 {made_by}{method}) on {data}.
 
 | perplexity | full precision | round to nearest | calibrated |
@@ -32,6 +33,12 @@ _CARD = """---
 {zero_shot}
 {command}
 """
+
+
+_CODE = (
+    "The original names Python code of its own (`auto_map`), which was not trusted and does not come along: "
+    "transformers' own classes load this folder.\n"
+)
 
 
 def model_card(
@@ -57,6 +64,7 @@ def model_card(
         base=_name(model.path),
         scheme=model.scheme.name,
         storage=storage,
+        code=_CODE if drops_code(model) else "",
         activations=_activations(model, quantizes_activations),
         made_by=MADE_BY,
         method=_method(model, config),

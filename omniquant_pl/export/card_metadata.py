@@ -51,7 +51,7 @@ def _inherited(folder: Path) -> dict[str, Any]:
     if len(head) < 3 or head[0].strip():
         return {}
     try:
-        found = yaml.safe_load(head[1])
+        found = yaml.load(head[1], Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         return {}
     return {key: found[key] for key in _INHERITED if key in found} if isinstance(found, dict) else {}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.card import MADE_BY
+from omniquant_pl.export.remote_code import copy_code, rewrite
 
 __all__ = ["copy_companions", "refuse_target", "whole_folder"]
 
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
-    "tokenization_*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
@@ -23,16 +23,34 @@ _COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
     "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
+_TEMPLATES = "additional_chat_templates"
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, image processor, generation configuration, chat template and licence of a model folder."""
+def copy_companions(source: Path, target: Path, trusts_code: bool) -> None:
+    """Copy tokenizer, image processor, generation configuration, chat templates and licence of a model folder.
+
+    Args:
+        source: The original model's folder.
+        target: The exported folder, whose ``config.json`` is there.
+        trusts_code: Whether code that comes with the original may run; it comes along only then.
+    """
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
+                if path.suffix == ".json":
+                    rewrite(target / path.name, source, trusts_code)
+    templates = sorted((source / _TEMPLATES).glob("*.jinja"))
+    for path in templates:
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / _TEMPLATES / path.name)
+    if trusts_code:
+        copy_code(source, target)
 
 
 def refuse_target(target: Path, run: Path, source: Path, key: str = "output", is_replaced: bool = True) -> None:
@@ -63,13 +81,17 @@ def refuse_target(target: Path, run: Path, source: Path, key: str = "output", is
 
 
 def _is_replaceable(place: Path) -> bool:
-    """Whether it is an empty folder or an export, which has no folders in it."""
+    """Whether it is an empty folder or an export, which has no folders in it but that of chat templates."""
     if not place.is_dir():
         return False
     entries, card = list(place.iterdir()), place / "README.md"
-    if any(path.is_dir() for path in entries):
+    if any(path.is_dir() and not _holds_templates(path) for path in entries):
         return False
     return not entries or (card.is_file() and MADE_BY in card.read_text(encoding="utf-8", errors="replace"))
+
+
+def _holds_templates(folder: Path) -> bool:
+    return folder.name == _TEMPLATES and all(path.suffix == ".jinja" for path in folder.iterdir())
 
 
 @contextmanager

@@ -70,6 +70,13 @@ class Export(ABC):
     def refusal(self, model: OmniQuantModel) -> str | None:
         """Returns why the format cannot hold a model exactly, ``None`` if it can; nothing but the header is read."""
 
+    def check_values(self, model: OmniQuantModel) -> None:  # noqa: B027 (most formats hold all values)
+        """Refuse values outside the blocks that the format does not hold; no calibration changes them.
+
+        Raises:
+            ConfigurationError: It names the tensor.
+        """
+
     @abstractmethod
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         """Exports a finished run, one block in memory at a time.

@@ -25,6 +25,8 @@ from omniquant_pl.export.gguf_metadata import Value, hyperparameters, refusal, r
 from omniquant_pl.export.gguf_names import ARCHITECTURES
 from omniquant_pl.export.gguf_plan import FileTensor, GgufPlan, linear_refusal, places
 from omniquant_pl.export.gguf_tokenizer import InexpressibleTokenizerError, Vocabulary, read_vocabulary
+from omniquant_pl.export.narrowing import narrowed
+from omniquant_pl.export.remote_code import config_for
 from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
@@ -72,14 +74,20 @@ class GgufExport(Export):
         )
 
     @override
+    def check_values(self, model: OmniQuantModel) -> None:
+        for name, tensor in model.source.surroundings() if self.dtype is not None else ():
+            if tensor.ndim > 1:  # llama.cpp has vectors in float32
+                narrowed(tensor, getattr(torch, self.dtype), name)
+
+    @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         plan = GgufPlan(model.source, folded, ARCHITECTURES[model_type(model.source)], dtype)
         with whole_folder(output, run.path, model.source.folder) as target:
             self._write_file(model, folded, plan, target)
-            write_json(target / "config.json", model.source.config_json)
-            copy_companions(model.source.folder, target)
+            write_json(target / "config.json", config_for(model))
+            copy_companions(model.source.folder, target, model.trust_remote_code)
             write_text(target / "README.md", model_card(model, run, _storage(plan), library=self.library))
 
     def _write_file(self, model: OmniQuantModel, folded: FoldedModel, plan: GgufPlan, target: Path) -> None:

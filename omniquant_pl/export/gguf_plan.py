@@ -13,6 +13,7 @@ from omniquant_pl.export.codes import refuse_wide_scale
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
 from omniquant_pl.export.gguf_blocks import BLOCK_TYPES, BlockType, exact_type
 from omniquant_pl.export.gguf_names import Architecture, Place
+from omniquant_pl.export.narrowing import narrowed
 from omniquant_pl.export.structure import is_tied
 from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.spec import WeightSpec
@@ -77,7 +78,7 @@ class FileTensor:
         assert isinstance(self.kind, torch.dtype)
         values = part.dequantize() if isinstance(part, QuantizedWeight) else part.float()
         values = values if self.rows is None else values[self.rows]
-        return (values + self.offset).to(self.kind).contiguous().view(torch.uint8).view(self.shape)
+        return narrowed(values + self.offset, self.kind, self.name).contiguous().view(torch.uint8).view(self.shape)
 
     def _ordered(self, weight: QuantizedWeight) -> QuantizedWeight:
         if self.rows is None:

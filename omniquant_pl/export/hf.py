@@ -43,7 +43,7 @@ class HfExport(SafetensorsExport):
 
     @override
     def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
-        return {"weight": weight.dequantize().to(self._storage)}
+        return {"weight": weight.dequantize()}
 
     @override
     def dtype_of(self, folded: FoldedModel, name: str) -> torch.dtype:

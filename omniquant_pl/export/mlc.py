@@ -21,6 +21,7 @@ from omniquant_pl.export.format import Client, Export
 from omniquant_pl.export.mlc_cache import write_tensor_cache
 from omniquant_pl.export.mlc_codes import pack_codes, weight_refusal
 from omniquant_pl.export.mlc_models import FAMILIES, MlcFamily, model_config, model_refusal
+from omniquant_pl.export.narrowing import narrowed
 from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
@@ -73,6 +74,11 @@ class MlcExport(Export):
         return reason or first_refusal(model, weight_refusal)
 
     @override
+    def check_values(self, model: OmniQuantModel) -> None:
+        for name, tensor in model.source.surroundings():
+            _half(name, tensor)
+
+    @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         source, folded = model.source, FoldedModel(model, run)
         names = [*folded.surrounding_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
@@ -80,7 +86,7 @@ class MlcExport(Export):
         with whole_folder(output, run.path, source.folder) as target:
             tensors = _tensors(source, folded, FAMILIES[model_type(source)])
             write_tensor_cache(target, tensors, weights, min(self.shard_bytes, _LARGEST_SHARD))
-            copy_companions(source.folder, target)
+            copy_companions(source.folder, target, model.trust_remote_code)
             write_json(target / "mlc-chat-config.json", _chat_config(source, target))
             write_text(target / "README.md", model_card(model, run, _STORAGE, library=self.library))
 
@@ -125,10 +131,7 @@ def _pack(weight: QuantizedWeight, linear: str, folded: FoldedModel) -> tuple[Te
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:
-    half = tensor.to(torch.float16)
-    if not bool(half.isfinite().all()):
-        raise ConfigurationError("export.format", f"{name} has values beyond float16, which is all that mlc has")
-    return half
+    return narrowed(tensor, torch.float16, name, only=MlcExport.name)
 
 
 def _chat_config(source: SourceModel, folder: Path) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
 from omniquant_pl.export.format import Client
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
+from omniquant_pl.quant.storage import overflowing_value
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.runtime import load_packed
 from omniquant_pl.runtime.codec import encode, stored_tensors
@@ -89,10 +91,17 @@ class PackedExport(SafetensorsExport):
         target = usable_device(device)
         folded = FoldedModel(model, run)
         config = {key: value for key, value in self._config(model).items() if key != "quantization_config"}
-        skeleton = PackedSkeleton(config, model.scheme, self._planned(folded).keys(), dtype, target)
+        planned = self._planned(folded)
+        skeleton = PackedSkeleton(config, model.scheme, planned.keys(), dtype, target)
         for name, tensor in self._tensors(folded):
             if name in skeleton.slots:
-                skeleton.slots[name].put(tensor)
+                slot = skeleton.slots[name]
+                value = overflowing_value(tensor, dtype) if slot.dtype is None else None
+                if value is not None:
+                    raise ConfigurationError(
+                        "dtype", f"{name} holds {value:g}, too much for it; choose bfloat16 or float32"
+                    )
+                slot.put(tensor.to(planned[name][1]))
         network = skeleton.finish()
         use_generation_config(network, model.source.folder)
         return network

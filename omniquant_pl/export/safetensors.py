@@ -16,6 +16,8 @@ from omniquant_pl.export.card import model_card
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
 from omniquant_pl.export.folder import copy_companions, whole_folder
 from omniquant_pl.export.format import Export
+from omniquant_pl.export.narrowing import narrowed
+from omniquant_pl.export.remote_code import config_for
 from omniquant_pl.export.shards import ShardWriter, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
@@ -59,14 +61,20 @@ class SafetensorsExport(Export):
         return self.dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
     @override
+    def check_values(self, model: OmniQuantModel) -> None:
+        for name, tensor in model.source.surroundings() if self.dtype is not None else ():
+            narrowed(tensor, getattr(torch, self.dtype), name)
+
+    @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
         with whole_folder(output, run.path, model.source.folder) as target:
-            writer = ShardWriter(target, self._planned(folded), self.shard_bytes)
-            writer.add(self._tensors(folded))
+            planned = self._planned(folded)
+            writer = ShardWriter(target, planned, self.shard_bytes)
+            writer.add((name, narrowed(tensor, planned[name][1], name)) for name, tensor in self._tensors(folded))
             writer.finish()
             write_json(target / "config.json", self._config(model))
-            copy_companions(model.source.folder, target)
+            copy_companions(model.source.folder, target, model.trust_remote_code)
             quantizes = any(client.quantizes_activations for client in self.clients)
             write_text(target / "README.md", model_card(model, run, self.storage(model), quantizes, self.library))
 
@@ -84,8 +92,8 @@ class SafetensorsExport(Export):
         return planned
 
     def _tensors(self, folded: FoldedModel) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in folded.surroundings():
-            yield name, tensor.to(self.dtype_of(folded, name))
+        """Yield all tensors in order; those that are not quantized have not been rounded to what is stored yet."""
+        yield from folded.surroundings()
         for index in range(len(folded)):
             yield from self._block_tensors(folded, index)
 
@@ -97,11 +105,11 @@ class SafetensorsExport(Export):
                 packed = self.pack(block.weights[linear], folded.linears[linear])
                 yield from ((f"{linear}.{suffix}", tensor) for suffix, tensor in packed.items())
             else:
-                yield name, block.tensors[name].to(self.dtype_of(folded, name))
+                yield name, block.tensors[name]
 
     def _config(self, model: OmniQuantModel) -> dict[str, Any]:
         """The source's own configuration with the dtype and how it is quantized."""
-        source = model.source.config_json
+        source = config_for(model)
         config = {key: value for key, value in source.items() if key != "torch_dtype"}
         config["dtype"] = self.config_dtype(source)
         quantization = self.quantization_config(model)

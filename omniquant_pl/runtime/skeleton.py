@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from omniquant_pl.arch import BlockLayout, family_of
 from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
 from omniquant_pl.nn import quantize_attention
+from omniquant_pl.quant.storage import overflowing_value
 from omniquant_pl.runtime.codec import PACKED, SCALE, ZERO_POINT, planes_of, stored_tensors, zero_points_of
 from omniquant_pl.runtime.linear import PackedLinear
 from omniquant_pl.spec import Scheme, WeightSpec
@@ -135,7 +136,12 @@ class PackedSkeleton:
             raise ValueError(f"{strange} belongs to no quantized linear of this model")
 
     def _put_float(self, module: nn.Module, leaf: str, tensor: Tensor) -> None:
-        self._set(module, leaf, _finite(tensor).to(self._dtype))
+        value = overflowing_value(_finite(tensor), self._dtype)
+        if value is not None:
+            raise ValueError(
+                f"holds {value:g}, which {str(self._dtype).removeprefix('torch.')} does not; choose another dtype"
+            )
+        self._set(module, leaf, tensor.to(self._dtype))
 
     def _set(self, module: nn.Module, leaf: str, tensor: Tensor) -> None:
         tensor = tensor.to(self._device)

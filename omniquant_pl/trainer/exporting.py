@@ -72,6 +72,7 @@ def export_run(
     folder = trainer.run_folder.model if format == "hf" else trainer.run_folder.path / format
     folder = folder if output is None else Path(output)
     refuse_target(folder, trainer.run_folder.path, model.source.folder)
+    export.check_values(model)
     verification = Verification(export, _first_window(datamodule, model)) if verify else None
     repository = None if push is None else HubRepository(push, private)
     export.write(model, trainer.run_folder, folder)

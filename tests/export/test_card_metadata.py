@@ -77,3 +77,11 @@ def test_licence_of_the_original(llama: Path, tmp_path: Path, head: str, license
     card = card_of(tmp_path / "base", tmp_path)
     assert card.data.license == license_
     assert card.data.model_name is None or "other" not in card.data.model_name
+
+
+def test_words_that_yaml_takes_for_something_else(llama: Path, tmp_path: Path) -> None:
+    """Norwegian is no truth value, and a licence's name no number."""
+    shutil.copytree(llama, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: 1.0\nlanguage:\n- no\n- en\n---\n")
+    card = card_of(tmp_path / "base", tmp_path)
+    assert (card.data.language, card.data.license_name) == (["no", "en"], "1.0")

@@ -307,7 +307,7 @@ class TestRefusal:
         large.model.norm.weight.data *= 1e6
         large.save_pretrained(tmp_path / "source")
         model = OmniQuantModel(str(tmp_path / "source"), WeightSpec(3))
-        with pytest.raises(ConfigurationError, match=r"model\.norm\.weight has values beyond float16"):
+        with pytest.raises(ConfigurationError, match=r"model\.norm\.weight holds .* 65504, which is all that mlc has"):
             MlcExport().write(model, finish(model), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
