@@ -7,16 +7,20 @@ The named datasets, their splits and the way their rows are joined are those of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from omniquant_pl.checkpoint.hub import hub_answers, offline, one_line
 from omniquant_pl.data.files import SUFFIXES
 from omniquant_pl.data.text import Role, Text, checked_texts, key_of, wrong_column
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["HUB_DATASETS", "HubSplit", "read_hub"]
+
+_ABSENT = "the Hugging Face Hub cannot be reached, and the dataset is not in the cache"
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,24 @@ def _texts(rows: Any, name: str, column: str, role: Role) -> Sequence[str]:
 
 
 def _load(repository: str, role: Role, **options: Any) -> Any:
-    """``datasets.load_dataset`` with an error that says which key asked for it."""
+    """``datasets.load_dataset`` with an error that says which key asked for it.
+
+    It would retry for half a minute where the hub does not answer; then only its cache is asked.
+    """
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined] # httpx's, of any version
+
     datasets = _datasets(role)
-    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    failures = (NetworkError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    answers = hub_answers()
     try:
-        return datasets.load_dataset(repository, **options)
+        with nullcontext() if answers else offline(datasets.config):
+            return datasets.load_dataset(repository, **options)
     except failures as error:
+        is_absent = isinstance(error, ConnectionError) and not answers
+        reason = _ABSENT if is_absent else one_line(error)
         known = ", ".join(("builtin", *HUB_DATASETS))
         message = (
-            f"cannot load '{repository}' from the hub: {error}; accepted are {known}, the id of a"
+            f"cannot load '{repository}' from the hub: {reason}; accepted are {known}, the id of a"
             f" hub dataset, or the path of a {', '.join(SUFFIXES)} file"
         )
         raise ConfigurationError(key_of(role), message) from error

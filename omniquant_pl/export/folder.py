@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from omniquant_pl.checkpoint.hub_files import LEGAL_FILES, TEMPLATES, TOKENIZER_FILES
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.card import MADE_BY
 
@@ -14,25 +15,21 @@ __all__ = ["copy_companions", "refuse_target", "whole_folder"]
 
 _COMPANIONS = (
     "generation_config.json",
-    "tokenizer*",
     "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
     "*processor_config.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "LICENSE*",
+    *TOKENIZER_FILES,
+    *LEGAL_FILES,
 )
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, image processor, generation configuration, chat template and licence of a model folder."""
+    """Copies tokenizer, image processor, generation configuration, chat templates and licence of a model folder."""
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
-                shutil.copyfile(path, target / path.name)
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def refuse_target(target: Path, run: Path, source: Path, key: str = "output", is_replaced: bool = True) -> None:
@@ -63,11 +60,11 @@ def refuse_target(target: Path, run: Path, source: Path, key: str = "output", is
 
 
 def _is_replaceable(place: Path) -> bool:
-    """Whether it is an empty folder or an export, which has no folders in it."""
+    """Whether it is an empty folder or an export, which has no folders in it but one of chat templates."""
     if not place.is_dir():
         return False
     entries, card = list(place.iterdir()), place / "README.md"
-    if any(path.is_dir() for path in entries):
+    if any(path.is_dir() and path.name != TEMPLATES for path in entries):
         return False
     return not entries or (card.is_file() and MADE_BY in card.read_text(encoding="utf-8", errors="replace"))
 
