@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from omniquant_pl.checkpoint.hub import why_not_delivered
+from omniquant_pl.checkpoint.hub import one_line, reach_hub, why_not_delivered
 from omniquant_pl.checkpoint.hub_files import CODE, IGNORED, INDEX, SINGLE, USED, shards_of
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["embedded_models", "is_hub_id", "locate_model"]
 
+_log = logging.getLogger(__name__)
 _EMBEDDED = Path(__file__).parent.parent / "models"
 
 
@@ -59,9 +61,14 @@ def _snapshot(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined] # httpx's, of any version
 
+    silence = None
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=list(IGNORED)))
+        with reach_hub() as silence:
+            return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=list(IGNORED)))
     except (NetworkError, HFValidationError, OSError) as error:
-        reason = why_not_delivered(repository, error)
+        if hasattr(error, "snapshot_path"):  # the hub does not answer, and the cache lacks some of the files
+            _log.warning("%s; going on with %s", one_line(error).split(". ")[0], error.snapshot_path)
+            return Path(error.snapshot_path)
+        reason = why_not_delivered(repository, error, silence)
         message = f"there is no folder {repository!r}, and it cannot be downloaded: {reason}"
         raise ConfigurationError("model.path", message) from error

@@ -7,20 +7,17 @@ The named datasets, their splits and the way their rows are joined are those of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from omniquant_pl.checkpoint.hub import hub_answers, offline, one_line
+from omniquant_pl.checkpoint.hub import one_line, reach_hub
 from omniquant_pl.data.files import SUFFIXES
 from omniquant_pl.data.text import Role, Text, checked_texts, key_of, wrong_column
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["HUB_DATASETS", "HubSplit", "read_hub"]
-
-_ABSENT = "the Hugging Face Hub cannot be reached, and the dataset is not in the cache"
 
 
 @dataclass(frozen=True)
@@ -126,13 +123,13 @@ def _load(repository: str, role: Role, **options: Any) -> Any:
 
     datasets = _datasets(role)
     failures = (NetworkError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
-    answers = hub_answers()
+    silence = None
     try:
-        with nullcontext() if answers else offline(datasets.config):
+        with reach_hub(datasets.config) as silence:
             return datasets.load_dataset(repository, **options)
     except failures as error:
-        is_absent = isinstance(error, ConnectionError) and not answers
-        reason = _ABSENT if is_absent else one_line(error)
+        is_absent = silence is not None and isinstance(error, ConnectionError)
+        reason = f"{silence}, and the dataset is not in the cache" if is_absent else one_line(error)
         known = ", ".join(("builtin", *HUB_DATASETS))
         message = (
             f"cannot load '{repository}' from the hub: {reason}; accepted are {known}, the id of a"
