@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+from omniquant_pl.checkpoint.hub import one_line, reach_hub, why_not_delivered
+from omniquant_pl.checkpoint.hub_files import CODE, IGNORED, INDEX, SINGLE, USED, shards_of
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["embedded_models", "is_hub_id", "locate_model"]
 
+_log = logging.getLogger(__name__)
 _EMBEDDED = Path(__file__).parent.parent / "models"
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE*"]
-_CODE = ["*.py"]
 
 
 def embedded_models() -> tuple[str, ...]:
@@ -39,7 +41,7 @@ def locate_model(path: str, with_code: bool = False) -> Path:
             "model.path",
             f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}",
         )
-    return _download(path, _HUB_FILES + (_CODE if with_code else []))
+    return _download(path, [*USED, *(CODE if with_code else ())])
 
 
 def is_hub_id(path: str) -> bool:
@@ -47,14 +49,26 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
-def _download(repository: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _download(repository: str, used: list[str]) -> Path:
+    """The weights are one file where there is one, as transformers reads them; otherwise the shards of the index."""
+    folder = _snapshot(repository, [*used, SINGLE, INDEX])
+    shards = [] if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else shards_of(folder / INDEX)
+    return _snapshot(repository, [*used, INDEX, *shards]) if shards else folder
 
+
+def _snapshot(repository: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined] # httpx's, of any version
+
+    silence = None
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigurationError(
-            "model.path",
-            f"there is no folder {repository!r}, and the hub did not deliver it: {error}",
-        ) from error
+        with reach_hub() as silence:
+            return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=list(IGNORED)))
+    except (NetworkError, HFValidationError, OSError) as error:
+        if hasattr(error, "snapshot_path"):  # the hub does not answer, and the cache lacks some of the files
+            _log.warning("%s; going on with %s", one_line(error).split(". ")[0], error.snapshot_path)
+            return Path(error.snapshot_path)
+        reason = why_not_delivered(repository, error, silence)
+        message = f"there is no folder {repository!r}, and it cannot be downloaded: {reason}"
+        raise ConfigurationError("model.path", message) from error

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from omniquant_pl.arch import StoredPart
+from omniquant_pl.checkpoint.pointers import refuse_pointer
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["Checkpoint", "TensorInfo"]
@@ -92,6 +93,7 @@ class Checkpoint:
         try:
             weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            refuse_pointer(index, self._key)
             raise ConfigurationError(self._key, f"{index} is not an index of shards") from error
         strange = next((n for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n), None)
         if strange is not None:
@@ -105,6 +107,7 @@ class Checkpoint:
         try:
             return safe_open(self.folder / name, framework="pt")
         except (SafetensorError, OSError) as error:
+            refuse_pointer(self.folder / name, self._key)
             raise ConfigurationError(self._key, f"{self.folder / name} cannot be read: {error}") from error
 
     def view(self, parts: Mapping[str, StoredPart]) -> Checkpoint:

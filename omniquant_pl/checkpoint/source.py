@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from omniquant_pl.arch import conversion_of, family_of, unfused_experts
+from omniquant_pl.checkpoint.pointers import refuse_pointer
 from omniquant_pl.checkpoint.reader import Checkpoint, TensorInfo
 from omniquant_pl.checkpoint.rotation import Rotation
 from omniquant_pl.checkpoint.skeleton import BlockCall, Placeholder, build_without_weights, unfuse_experts
-from omniquant_pl.checkpoint.tokenizer import open_tokenizer
+from omniquant_pl.checkpoint.tokenizer import FoundTokenizer, open_tokenizer
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.spec import RotationSpec
 
@@ -81,6 +82,7 @@ class SourceModel:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
+            refuse_pointer(path, "model.path")
             raise ConfigurationError("model.path", f"{path}: {error}") from error
 
     def _convert(self) -> Checkpoint | None:
@@ -165,9 +167,14 @@ class SourceModel:
         module.load_state_dict(dict(tensors), strict=False, assign=True)
         module.requires_grad_(False)
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The folder's tokenizer, or ``None`` where it has none (token ids can still be given)."""
+        """The folder's tokenizer, or ``None`` where it has none that opens (token ids can still be given)."""
+        return self.found_tokenizer.tokenizer
+
+    @cached_property
+    def found_tokenizer(self) -> FoundTokenizer:
+        """The folder's tokenizer, or why there is none."""
         return open_tokenizer(self.folder, self._trust_remote_code)
 
     @property

@@ -1,38 +1,87 @@
-"""The tokenizer that comes with a checkpoint."""
+"""The tokenizer that comes with a checkpoint, or why it cannot be opened."""
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-__all__ = ["open_tokenizer"]
+from omniquant_pl.checkpoint.tokenizer_files import TokenizerFiles
+from omniquant_pl.errors import ConfigurationError
 
-_log = logging.getLogger(__name__)
-
-_NO_TOKENIZER = (ValueError, OSError, KeyError)
-_BROKEN_CODE = (AttributeError, ImportError, NotImplementedError, TypeError)
+__all__ = ["FoundTokenizer", "open_tokenizer"]
 
 
-def open_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of a model folder, or ``None`` where it has none.
+@dataclass(frozen=True)
+class FoundTokenizer:
+    """What a model folder has for a tokenizer."""
 
-    One that is code of its own runs only if that is trusted, and may be written for another transformers: then it is
-    logged and counts as none.
+    folder: Path
+    """The model folder."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The tokenizer; null where there is none, or none that opens."""
+    problem: str | None = None
+    """Why the tokenizer that is there does not open, and what helps; null where it opens or there is none."""
+
+    @property
+    def complaint(self) -> str | None:
+        """The problem as a sentence that names the folder."""
+        return self.problem and f"the tokenizer in {self.folder} cannot be opened: {self.problem}"
+
+    def needed(self, key: str, what_for: str) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, for work that cannot do without.
+
+        Args:
+            key: The setting that errors name.
+            what_for: Continues "the folder has no tokenizer ".
+
+        Raises:
+            ConfigurationError: If there is none; it says why.
+        """
+        if self.tokenizer is not None:
+            return self.tokenizer
+        raise ConfigurationError(key, self.complaint or f"{self.folder} has no tokenizer {what_for}")
+
+
+def open_tokenizer(folder: Path, trust_remote_code: bool) -> FoundTokenizer:
+    """Open the tokenizer of a model folder.
+
+    For a folder without a vocabulary transformers makes up a tokenizer that knows special tokens alone; that is none.
 
     Args:
         folder: The model folder.
         trust_remote_code: Whether code that comes with it may run.
     """
-    errors: tuple[type[Exception], ...] = _NO_TOKENIZER
-    if trust_remote_code:
-        errors += _BROKEN_CODE
+    if not folder.is_dir():  # transformers would look for it on the hub
+        return FoundTokenizer(folder)
+    files = TokenizerFiles(folder)
+    if files.problem is not None:
+        return FoundTokenizer(folder, problem=files.problem)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except errors as error:
-        if isinstance(error, _BROKEN_CODE):
-            _log.warning("the tokenizer in %s does not run: %r", folder, error)
-        return None
-    return cast(PreTrainedTokenizerBase, tokenizer)
+        is_whole = _reads_text(tokenizer)
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        return FoundTokenizer(folder, problem=_cause(files, error, trust_remote_code))
+    if is_whole:
+        return FoundTokenizer(folder, tokenizer)
+    names = ", ".join(path.name for path in files.vocabularies)
+    return FoundTokenizer(folder, problem=f"{type(tokenizer).__name__} finds no tokens in {names}" if names else None)
+
+
+def _cause(files: TokenizerFiles, error: BaseException, trust_remote_code: bool) -> str | None:
+    if files.is_code and not trust_remote_code:
+        return "it is code that comes with the model; set model.trust_remote_code to true to let it run"
+    return files.cause(error) if files.vocabularies or files.is_code else None
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether opening has failed; a panic of the tokenizers library is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _reads_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has tokens besides special and added ones."""
+    return len(tokenizer) > len({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})

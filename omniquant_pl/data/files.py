@@ -6,7 +6,9 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from omniquant_pl.data.text import Role, Text, checked_texts, key_of, wrong_column
+from omniquant_pl.checkpoint.pointers import refuse_pointer
+from omniquant_pl.data.decoding import MARK, read_decoded
+from omniquant_pl.data.text import Role, Text, checked_text, checked_texts, key_of, refuse_empty, wrong_column
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["SUFFIXES", "TOKEN_SUFFIX", "read_file", "resolve"]
@@ -28,7 +30,7 @@ def resolve(name: str, role: Role) -> Path:
         The path of an existing file of a known suffix.
 
     Raises:
-        ConfigurationError: If it is missing, not a file, or of another suffix.
+        ConfigurationError: If it is missing, not a file, of another suffix, or a Git LFS pointer.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -37,6 +39,7 @@ def resolve(name: str, role: Role) -> Path:
         raise ConfigurationError(key_of(role), f"there is no file '{name}'")
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigurationError(key_of(role), f"'{name}' is none of {', '.join(SUFFIXES)}")
+    refuse_pointer(path, key_of(role))
     return path
 
 
@@ -51,40 +54,40 @@ def read_file(path: Path, role: Role) -> Text:
         The documents: the whole .txt file, or one a row.
 
     Raises:
-        ConfigurationError: If it cannot be read or has no such column.
+        ConfigurationError: If it cannot be read, has no such column, or holds what is no text; it names the row.
     """
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     try:
-        if path.suffix.lower() == ".txt":
-            return Text([path.read_text(encoding="utf-8")])
-        read_rows = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_parquet
-        return Text(read_rows(path, role))
+        return Text(readers[path.suffix.lower()](path, role))
     except ConfigurationError:
         raise
     except (OSError, ValueError) as error:
         raise ConfigurationError(key_of(role), f"cannot read '{path}': {error}") from error
 
 
+def _read_txt(path: Path, role: Role) -> list[str]:
+    text = read_decoded(path)
+    refuse_empty([text], f"'{path}'", role)
+    return [text]
+
+
 def _read_jsonl(path: Path, role: Role) -> list[str]:
-    with path.open(encoding="utf-8") as lines:
-        return [
-            _json_text(line, f"'{path}', line {number},", role) for number, line in enumerate(lines, 1) if line.strip()
-        ]
+    lines = (line.strip(f"{MARK} \t") for line in read_decoded(path).split("\n"))  # files put together keep their marks
+    texts = [_json_text(line, f"'{path}', line {number},", role) for number, line in enumerate(lines, 1) if line]
+    refuse_empty(texts, f"'{path}'", role)
+    return texts
 
 
 def _json_text(line: str, where: str, role: Role) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(key_of(role), f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ConfigurationError(key_of(role), f"{where} is not a JSON object: {line.strip():.80}")
+        raise ConfigurationError(key_of(role), f"{where} is not a JSON object: {line:.80}")
     if _COLUMN not in row:
         raise wrong_column(where, _COLUMN, list(row), role)
-    text = row[_COLUMN]
-    if not isinstance(text, str):
-        message = f"{where} has {text!r} in column '{_COLUMN}' where text is needed"
-        raise ConfigurationError(key_of(role), message)
-    return text
+    return checked_text(row[_COLUMN], where, f"'{_COLUMN}'", role)
 
 
 def _read_parquet(path: Path, role: Role) -> list[str]:
@@ -92,5 +95,9 @@ def _read_parquet(path: Path, role: Role) -> list[str]:
     columns = parquet.read_schema(path).names
     if _COLUMN not in columns:
         raise wrong_column(f"'{path}'", _COLUMN, columns, role)
-    rows = parquet.read_table(path, columns=[_COLUMN])[_COLUMN].to_pylist()
+    column = parquet.read_table(path, columns=[_COLUMN])[_COLUMN]
+    try:
+        rows = column.to_pylist()
+    except UnicodeDecodeError:
+        rows = column.cast("binary").to_pylist()  # to name the row
     return checked_texts(rows, f"'{path}'", _COLUMN, role)

@@ -12,6 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from omniquant_pl.checkpoint.hub import one_line, reach_hub
 from omniquant_pl.data.files import SUFFIXES
 from omniquant_pl.data.text import Role, Text, checked_texts, key_of, wrong_column
 from omniquant_pl.errors import ConfigurationError
@@ -114,15 +115,24 @@ def _texts(rows: Any, name: str, column: str, role: Role) -> Sequence[str]:
 
 
 def _load(repository: str, role: Role, **options: Any) -> Any:
-    """``datasets.load_dataset`` with an error that says which key asked for it."""
+    """``datasets.load_dataset`` with an error that says which key asked for it.
+
+    It would retry for half a minute where the hub does not answer; then only its cache is asked.
+    """
+    from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined] # httpx's, of any version
+
     datasets = _datasets(role)
-    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    failures = (NetworkError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    silence = None
     try:
-        return datasets.load_dataset(repository, **options)
+        with reach_hub(datasets.config) as silence:
+            return datasets.load_dataset(repository, **options)
     except failures as error:
+        is_absent = silence is not None and isinstance(error, ConnectionError)
+        reason = f"{silence}, and the dataset is not in the cache" if is_absent else one_line(error)
         known = ", ".join(("builtin", *HUB_DATASETS))
         message = (
-            f"cannot load '{repository}' from the hub: {error}; accepted are {known}, the id of a"
+            f"cannot load '{repository}' from the hub: {reason}; accepted are {known}, the id of a"
             f" hub dataset, or the path of a {', '.join(SUFFIXES)} file"
         )
         raise ConfigurationError(key_of(role), message) from error

@@ -43,6 +43,8 @@ class TextSettings:
     """Rows of its embedding."""
     seed: int
     """Of the random windows."""
+    complaint: str | None = None
+    """Why the model's tokenizer does not open; null where it opens or there is none."""
 
 
 class CalibrationData(LightningDataModule):
@@ -156,7 +158,8 @@ class CalibrationData(LightningDataModule):
         is_tokens = is_path(name) and name.lower().endswith(TOKEN_SUFFIX)
         read = self._windows_of_tokens if is_tokens else self._windows_of_text
         windows = read(self._spec(name, role))
-        check_vocabulary(windows, name, self._bound.vocabulary_size, role)
+        tokenizer = None if is_tokens else self._bound.tokenizer
+        check_vocabulary(windows, name, self._bound.vocabulary_size, role, tokenizer)
         return windows
 
     def _spec(self, name: str, role: Role) -> CutSpec:
@@ -173,6 +176,9 @@ class CalibrationData(LightningDataModule):
     def _windows_of_text(self, spec: CutSpec) -> Tensor:
         tokenizer = self._bound.tokenizer
         if tokenizer is None:
+            if self._bound.complaint is not None:
+                message = f"'{spec.name}' is text, and {self._bound.complaint}"
+                raise ConfigurationError(key_of(spec.role), message)
             message = (
                 f"the model has no tokenizer to read '{spec.name}' with; give a .npy of ids, or set "
                 "model.trust_remote_code to true if the tokenizer is code that comes with the model"

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from omniquant_pl.data.decoding import whole_text
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["Role", "Text", "checked_texts", "key_of", "wrong_column"]
+__all__ = ["Role", "Text", "checked_text", "checked_texts", "key_of", "refuse_empty", "wrong_column"]
 
 Role = Literal["calibration", "evaluation"]
 
@@ -37,7 +38,7 @@ def key_of(role: Role) -> str:
 
 
 def checked_texts(texts: Sequence[object], where: str, column: str, role: Role) -> list[str]:
-    """The rows of a column, all of them strings.
+    """The rows of a column as strings; UTF-8 bytes are decoded.
 
     Args:
         texts: The rows.
@@ -46,18 +47,48 @@ def checked_texts(texts: Sequence[object], where: str, column: str, role: Role) 
         role: Which key is at fault.
 
     Returns:
-        The same rows.
+        The same rows as text.
 
     Raises:
-        ConfigurationError: If a row is something else than a string.
+        ConfigurationError: If a row is no text, or all of them are empty.
     """
-    strings = []
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            message = f"{where} has {text!r} in column '{column}', row {row}, where text is needed"
-            raise ConfigurationError(key_of(role), message)
-        strings.append(text)
+    strings = [checked_text(text, where, f"'{column}', row {row},", role) for row, text in enumerate(texts)]
+    refuse_empty(strings, where, role)
     return strings
+
+
+def checked_text(text: object, where: str, column: str, role: Role) -> str:
+    """One row as a string.
+
+    Args:
+        text: The row.
+        where: The file or dataset, for the error.
+        column: The column, in quotes, for the error.
+        role: Which key is at fault.
+
+    Raises:
+        ConfigurationError: If it is no text.
+    """
+    try:
+        return whole_text(text)
+    except ValueError as error:
+        message = f"{where} has {error} in column {column} where text is needed"
+        raise ConfigurationError(key_of(role), message) from error
+
+
+def refuse_empty(texts: Sequence[str], where: str, role: Role) -> None:
+    """Refuse a dataset without a character.
+
+    Args:
+        texts: Its documents.
+        where: The file or dataset, for the error.
+        role: Which key is at fault.
+
+    Raises:
+        ConfigurationError: If all of them are empty or blank.
+    """
+    if not any(text.strip() for text in texts):
+        raise ConfigurationError(key_of(role), f"{where} holds no text in {len(texts)} rows; give one that does")
 
 
 def wrong_column(where: str, column: str, found: Sequence[str], role: Role) -> ConfigurationError:

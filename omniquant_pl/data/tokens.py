@@ -55,7 +55,9 @@ def read_tokens(path: Path, role: Role) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def check_vocabulary(tokens: Tensor, name: str, vocabulary_size: int, role: Role) -> None:
+def check_vocabulary(
+    tokens: Tensor, name: str, vocabulary_size: int, role: Role, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Refuse ids that the model has no embedding for.
 
     Args:
@@ -63,14 +65,23 @@ def check_vocabulary(tokens: Tensor, name: str, vocabulary_size: int, role: Role
         name: The file or dataset, for the error.
         vocabulary_size: Rows of the embedding.
         role: Which key is at fault.
+        tokenizer: What has made the ids of text; null for ids that were given.
 
     Raises:
         ConfigurationError: If an id is negative or not below the vocabulary's size.
     """
     wrong = tokens[(tokens < 0) | (tokens >= vocabulary_size)]
-    if wrong.numel():
+    if not wrong.numel():
+        return
+    number = int(wrong[0])
+    if tokenizer is not None:
         message = (
-            f"'{name}' has token id {int(wrong[0])}, outside 0 to {vocabulary_size - 1} of the"
+            f"the tokenizer makes {tokenizer.convert_ids_to_tokens(number)!r} in '{name}' token id {number}, which the"
+            f" model's {vocabulary_size} embeddings do not have; is it another tokenizer, or were tokens added to it?"
+        )
+    else:
+        message = (
+            f"'{name}' has token id {number}, outside 0 to {vocabulary_size - 1} of the"
             f" model's vocabulary of {vocabulary_size}; are the ids from another tokenizer?"
         )
-        raise ConfigurationError(key_of(role), message)
+    raise ConfigurationError(key_of(role), message)

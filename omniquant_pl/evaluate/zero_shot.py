@@ -6,12 +6,14 @@ import difflib
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from omniquant_pl.checkpoint.hub import reach_hub
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["Scores", "ZeroShot", "zero_shot_table"]
@@ -45,7 +47,8 @@ class ZeroShot:
         self._limit = limit
         self._suffix = f", {shots} shots" if shots else ""
         self._batch_size = batch_size
-        self._names, self._loaded = _load(tasks)
+        with reach_hub(import_module("datasets").config):  # without retries where it does not answer
+            self._names, self._loaded = _load(tasks)
         for task in self._loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=1234)  # lm-eval's own

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate.whole import open_exported, open_original
 from omniquant_pl.evaluate.zero_shot import Scores, ZeroShot
 from omniquant_pl.export import open_runnable
@@ -23,13 +22,10 @@ def task_tokenizer(model: OmniQuantModel) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that reads the tasks; asked for before any work.
 
     Raises:
-        ConfigurationError: If the model's folder has none.
+        ConfigurationError: If the model's folder has none, or one that does not open.
     """
-    tokenizer = model.source.tokenizer
-    if tokenizer is None:
-        message = f"the tasks are text, and {model.source.folder} (model.path) has no tokenizer to read them with; "
-        raise ConfigurationError("zero_shot", message + "add its files, such as tokenizer.json, or leave zero_shot out")
-    return tokenizer
+    what_for = "to read the tasks with, which are text; add its files, such as tokenizer.json, or leave zero_shot out"
+    return model.source.found_tokenizer.needed("zero_shot", what_for)
 
 
 def measure_zero_shot(

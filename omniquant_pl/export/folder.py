@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from omniquant_pl.checkpoint.hub_files import LEGAL_FILES, TEMPLATES, TOKENIZER_FILES
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.card import MADE_BY
 from omniquant_pl.export.remote_code import copy_code, rewrite
@@ -15,20 +16,10 @@ __all__ = ["copy_companions", "refuse_target", "whole_folder"]
 
 _COMPANIONS = (
     "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
     "*processor_config.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *TOKENIZER_FILES,
+    *LEGAL_FILES,
 )
-_TEMPLATES = "additional_chat_templates"
 
 
 def copy_companions(source: Path, target: Path, trusts_code: bool) -> None:
@@ -42,13 +33,11 @@ def copy_companions(source: Path, target: Path, trusts_code: bool) -> None:
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
-                shutil.copyfile(path, target / path.name)
-                if path.suffix == ".json":
-                    rewrite(target / path.name, source, trusts_code)
-    templates = sorted((source / _TEMPLATES).glob("*.jinja"))
-    for path in templates:
-        (target / _TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(path, target / _TEMPLATES / path.name)
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+                if copy.suffix == ".json":
+                    rewrite(copy, source, trusts_code)
     if trusts_code:
         copy_code(source, target)
 
@@ -81,7 +70,7 @@ def refuse_target(target: Path, run: Path, source: Path, key: str = "output", is
 
 
 def _is_replaceable(place: Path) -> bool:
-    """Whether it is an empty folder or an export, which has no folders in it but that of chat templates."""
+    """Whether it is an empty folder or an export, which has no folders in it but one of chat templates."""
     if not place.is_dir():
         return False
     entries, card = list(place.iterdir()), place / "README.md"
@@ -91,7 +80,7 @@ def _is_replaceable(place: Path) -> bool:
 
 
 def _holds_templates(folder: Path) -> bool:
-    return folder.name == _TEMPLATES and all(path.suffix == ".jinja" for path in folder.iterdir())
+    return folder.name == TEMPLATES and all(path.suffix == ".jinja" for path in folder.iterdir())
 
 
 @contextmanager

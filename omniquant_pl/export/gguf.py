@@ -125,6 +125,8 @@ def _refuse_tensors(source: SourceModel, kind: str) -> str | None:
 
 
 def _refuse_tokenizer(source: SourceModel) -> str | None:
+    if source.found_tokenizer.complaint is not None:
+        return source.found_tokenizer.complaint
     try:
         read_vocabulary(source.tokenizer, source.config.vocab_size)
     except InexpressibleTokenizerError as error:

@@ -71,7 +71,7 @@ class MlcExport(Export):
         if self.dtype not in (None, "float16"):
             return f"{_QUANTIZATION} has no {self.dtype}, only float16"
         reason = model_refusal(model_type(source), source.config, is_tied(source))
-        return reason or first_refusal(model, weight_refusal)
+        return reason or first_refusal(model, weight_refusal) or source.found_tokenizer.complaint
 
     @override
     def check_values(self, model: OmniQuantModel) -> None:

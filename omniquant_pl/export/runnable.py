@@ -8,13 +8,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omniquant_pl.checkpoint.tokenizer import open_tokenizer
-from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.runtime import load_packed
+from omniquant_pl.runtime.folder import PackedFolder
 
 __all__ = ["open_runnable"]
+
+_WHAT_FOR = "to read a prompt with"
 
 
 def open_runnable(
@@ -34,14 +36,18 @@ def open_runnable(
         ConfigurationError: If there is no tokenizer, or the folder or the run cannot be used.
     """
     if packed is not None:
-        found = open_tokenizer(packed, trust_remote_code=False) if packed.is_dir() else None
-        return load_packed(packed, dtype, device), _required(found, "packed", packed)
+        PackedFolder(packed)  # a folder that is none lacks more than a tokenizer
+        tokenizer = open_tokenizer(packed, trust_remote_code=False).needed("packed", _WHAT_FOR)
+        return load_packed(packed, dtype, device), tokenizer
     own = run.path / PackedExport.name
-    if _is_current(own, run):
-        found = open_tokenizer(own, trust_remote_code=False) or model.source.tokenizer  # the latter may be trusted code
-        return load_packed(own, dtype, device), _required(found, "model.path", own)
-    tokenizer = _required(model.source.tokenizer, "model.path", model.source.folder)
-    return PackedExport().in_memory(model, run, dtype, device), tokenizer
+    if not _is_current(own, run):
+        tokenizer = model.source.found_tokenizer.needed("model.path", _WHAT_FOR)
+        return PackedExport().in_memory(model, run, dtype, device), tokenizer
+    found = open_tokenizer(own, trust_remote_code=False)
+    if found.tokenizer is None:
+        found = model.source.found_tokenizer  # may be trusted code
+    tokenizer = found.needed("model.path", _WHAT_FOR)
+    return load_packed(own, dtype, device), tokenizer
 
 
 def _is_current(packed: Path, run: RunFolder) -> bool:
@@ -51,9 +57,3 @@ def _is_current(packed: Path, run: RunFolder) -> bool:
         return False
     written = config.stat().st_mtime
     return all(block.stat().st_mtime <= written for block in run.blocks.glob("*.safetensors"))
-
-
-def _required(tokenizer: PreTrainedTokenizerBase | None, key: str, folder: Path) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise ConfigurationError(key, f"{folder} has no tokenizer, so that it cannot read a prompt")
-    return tokenizer

@@ -139,9 +139,11 @@ def generate(
         write: Takes the text as it comes: the prompt and what follows, with ``chat`` the answer alone.
 
     Raises:
-        ConfigurationError: If the prompt is empty or too long for the model, or there is no chat template.
+        ConfigurationError: If the prompt is empty, no text, too long for the model or has tokens without an embedding,
+            or there is no chat template.
     """
     tokens = _encode(tokenizer, prompt, chat).to(model.device)
+    _refuse_unknown(tokens, tokenizer, model)
     length = tokens.shape[1]
     positions = int(model.config.get_text_config().max_position_embeddings)
     if length >= positions:
@@ -161,8 +163,24 @@ def _run(model: PreTrainedModel, tokens: Tensor, config: GenerationConfig, strea
         return run(tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=stream)
 
 
+def _refuse_unknown(tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuses tokens that were added to the tokenizer alone."""
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    unknown = tokens[tokens >= rows]
+    if unknown.numel():
+        number = int(unknown[0])
+        token = tokenizer.convert_ids_to_tokens(number)
+        message = f"the token {token!r} has id {number}, and the model embeddings for {rows} tokens; write it otherwise"
+        raise ConfigurationError("prompt", message)
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
     """Returns token ids ``[1, tokens]``."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8, or half a surrogate pair
+        message = f"character {error.start + 1} is {prompt[error.start]!r}, which is no text; write it as UTF-8"
+        raise ConfigurationError("prompt", message) from error
     if not chat:
         encoded: Any = tokenizer(prompt, return_tensors="pt")
     elif tokenizer.chat_template:

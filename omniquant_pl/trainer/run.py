@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from omniquant_pl.run_folder import RunFolder
 from omniquant_pl.trainer.refusals import chosen_strategy, refuse_options, refuse_trainer
 
 __all__ = ["RunTrainer", "bind", "seed"]
+
+_log = logging.getLogger(__name__)
 
 
 class RunTrainer(Trainer):
@@ -77,7 +80,11 @@ class RunTrainer(Trainer):
             model.verify()
         bind(data, model)
         self.evaluation_tokens = data.evaluation_tokens()
-        return data.calibration_tokens()
+        tokens = data.calibration_tokens()
+        complaint = model.source.found_tokenizer.complaint
+        if complaint is not None and self.global_rank == 0:
+            _log.warning("%s; token ids do not need it", complaint)
+        return tokens
 
     def evaluation(self, model: OmniQuantModel) -> Evaluation:
         """Returns what measures the perplexities of the run; :meth:`prepare` comes first."""
@@ -118,7 +125,9 @@ def _listed(plugins: Any) -> list[Any]:
 def bind(data: CalibrationData, model: OmniQuantModel) -> None:
     """Tells the data for which model they are."""
     source = model.source
-    data.bind(TextSettings(source.tokenizer, source.positions, int(source.config.vocab_size), seed()))
+    found = source.found_tokenizer
+    size = int(source.config.vocab_size)
+    data.bind(TextSettings(found.tokenizer, source.positions, size, seed(), found.complaint))
 
 
 def seed() -> int:
