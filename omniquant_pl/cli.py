@@ -7,6 +7,9 @@ import logging
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import yaml
@@ -39,7 +42,20 @@ from omniquant_pl.refusals import in_one_line
 from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.trainer.refusals import refuse_several
 
-__all__ = ["OmniQuantCLI", "main", "quieten", "run"]
+__all__ = ["QUIETENED", "OmniQuantCLI", "main", "quieten", "raising_errors", "run"]
+
+_RAISES_ERRORS: ContextVar[bool] = ContextVar("raises_errors", default=False)
+
+
+@contextmanager
+def raising_errors() -> Iterator[None]:
+    """Inside, what the parser does not accept raises :class:`ConfigurationError` instead of ending the process."""
+    token = _RAISES_ERRORS.set(True)
+    try:
+        yield
+    finally:
+        _RAISES_ERRORS.reset(token)
+
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
@@ -58,6 +74,9 @@ class _Parser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", self)
+        if _RAISES_ERRORS.get():
+            key, separator, reason = in_one_line(message, sys.argv[1:]).partition(": ")
+            raise ConfigurationError(*((key, reason) if separator else ("settings", key))) from ex
         command = parser.prog.replace(" [options]", "")
         self.exit(2, f"error: {in_one_line(message, sys.argv[1:])}\nsee: {command} --help\n")
 
@@ -77,10 +96,12 @@ class OmniQuantCLI(LightningCLI):
 
     Args:
         args: What follows the program's name; ``None`` takes the process's own.
+        runs: Whether the command runs once its settings are checked.
         options: As :class:`LightningCLI`.
     """
 
-    def __init__(self, *, args: ArgsType = None, **options: Any) -> None:
+    def __init__(self, *, args: ArgsType = None, runs: bool = True, **options: Any) -> None:
+        self._runs = runs
         words = args if isinstance(args, list) else sys.argv[1:]
         self._named = [name for name in self.subcommands() if name in words] or list(self.subcommands())
         super().__init__(args=args, **options)
@@ -93,6 +114,11 @@ class OmniQuantCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
         reword(parser)
         return parser
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._runs:
+            super()._run_subcommand(subcommand)
 
     @staticmethod
     @override
@@ -204,11 +230,12 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
     return result
 
 
-def run(arguments: list[str] | None = None) -> OmniQuantCLI:
+def run(arguments: list[str] | None = None, runs: bool = True) -> OmniQuantCLI:
     """Runs a command line.
 
     Args:
         arguments: What follows the program's name; ``None`` takes the process's own.
+        runs: Whether the command runs; if not, its settings are checked.
     """
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,  # what --help says of the fields of a dataclass
@@ -226,15 +253,23 @@ def run(arguments: list[str] | None = None) -> OmniQuantCLI:
         parser_class=_Parser,
         parser_kwargs={"allow_abbrev": False, **descriptions(OmniQuantCLI.subcommands())},
         args=arguments,
+        runs=runs,
     )
+
+
+QUIETENED = {
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    # It says which process has died before it ends the others.
+    "lightning.fabric.strategies.launchers.subprocess_script": logging.INFO,
+}
+"""Levels of Lightning's loggers."""
 
 
 def quieten() -> None:
     """Drops Lightning's messages that fire once a block or do not apply to calibration."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It says which process has died before it ends the others.
-    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    for name, level in QUIETENED.items():
+        logging.getLogger(name).setLevel(level)
     for message in (
         ".*in eval mode at the start of training.*",
         ".*Experiment logs directory.*",

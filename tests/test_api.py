@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from omniquant_pl import quantize
 from omniquant_pl.cli import run
@@ -94,7 +97,7 @@ def test_the_seed_is_what_it_was_after_a_fit_that_fails(
     monkeypatch.delenv("PL_GLOBAL_SEED")
     if seed is not None:
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
-    with pytest.raises(ConfigurationError, match="the model has no tokenizer to read"):
+    with pytest.raises(ConfigurationError, match="it is text, which needs the model's tokenizer"):
         quantize(load(llama), calibration=["a text"], settings=QUICK)
     assert os.environ.get("PL_GLOBAL_SEED") == seed
 
@@ -104,16 +107,87 @@ def test_the_seed_is_what_it_was_after_a_fit_that_fails(
     [
         ({"scheme": "w9a9"}, r"--config: there is no file 'w9a9.yaml'; presets: .*w4a16g128"),
         (
-            {"calibration": torch.zeros(4, dtype=torch.long)},
-            r"calibration: token ids are \[windows, length\], not \[4\]",
+            {"calibration": torch.zeros(4, 2, 2, dtype=torch.long)},
+            r"^calibration: it has shape \[4, 2, 2\], where token ids are \[tokens\]",
         ),
         ({"calibration": "gone.npy"}, "data.dataset: there is no file 'gone.npy'"),
-        ({"calibration": ["a text"]}, "the model has no tokenizer to read"),
+        ({"calibration": ["a text"]}, "^calibration: it is text, which needs the model's tokenizer"),
     ],
 )
 def test_refused(llama: Path, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         quantize(load(llama), settings=QUICK, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.weights.bits": 17}, r"^model\.weights\.bits: 17 is not a width"),
+        ({"model.weights.bits": "four"}, r"model\.weights\.bits: .*four"),
+        ({"model.weigths.bits": 3}, "model.weigths.bits"),
+        ({"trainer.precision": "16-mixed"}, r"^trainer\.precision: 16-mixed would round"),
+        ({"trainer.devices": 0}, r"^trainer"),
+    ],
+)
+def test_settings_are_refused_before_the_model_is_saved(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], message: str
+) -> None:
+    model = load(llama)
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *_, **__: pytest.fail("it was saved"))
+    with pytest.raises(ConfigurationError, match=message):
+        quantize(model, settings=settings, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [{"temperature": 0.6, "top_p": 0.9}, {"num_beams": 1, "length_penalty": 2.0}], ids=str
+)
+def test_generation_settings_come_back_as_they_were(
+    llama: Path, token_files: tuple[Path, Path], flags: dict[str, float]
+) -> None:
+    """transformers loads them with a warning, and refuses to write them."""
+    model = load(llama)
+    model.generation_config = GenerationConfig(do_sample=False, **flags)
+    given = model.generation_config
+    quantized = quantize(
+        model, scheme="w4a16", calibration=np.load(token_files[0]), settings={**QUICK, "trainer.max_epochs": 0}
+    )
+    assert model.generation_config is given
+    assert {name: getattr(quantized.generation_config, name) for name in flags} == flags
+
+
+class TestTheModel:
+    def test_of_another_library(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"^model: Linear is no model of transformers"):
+            quantize(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+    def test_quantized_already(self, llama: Path) -> None:
+        model = load(llama)
+        model.is_quantized = True
+        with pytest.raises(ConfigurationError, match=r"^model: it is quantized already"):
+            quantize(model)
+
+    def test_offloaded(self, llama: Path) -> None:
+        model = load(llama)
+        model.lm_head.to("meta")
+        with pytest.raises(ConfigurationError, match=r"^model: some weights are offloaded"):
+            quantize(model)
+
+
+def test_the_process_is_left_as_it_was(llama: Path) -> None:
+    def state() -> tuple[object, ...]:
+        levels = [logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric", "omniquant_pl")]
+        handlers = [list(logging.getLogger(name).handlers) for name in (None, "omniquant_pl")]
+        switches = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+        return levels, handlers, list(warnings.filters), switches, signal.getsignal(signal.SIGTERM), Path.cwd()
+
+    before = state()
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+    quantize(load(llama), calibration=tokens, settings={**QUICK, "trainer.max_epochs": 0})
+    assert state() == before
+    with pytest.raises(ConfigurationError):
+        quantize(load(llama), calibration=[None], settings=QUICK)
+    assert state() == before
 
 
 def test_a_run_folder_whose_export_would_replace_something_is_refused(llama: Path, tmp_path: Path) -> None:
