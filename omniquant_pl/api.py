@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from omniquant_pl.cli import quieten, run
+from omniquant_pl.data.decoding import whole_text
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import refuse_target
 from omniquant_pl.presets import find_config
@@ -95,8 +96,19 @@ def _data(calibration: str | Sequence[str] | Tensor | None, folder: Path) -> dic
         np.save(path, calibration.cpu().numpy())
         return {"data.dataset": str(path), "data.samples": len(calibration)}
     path = folder / "calibration.txt"
-    path.write_text("\n\n".join(calibration), encoding="utf-8")
+    texts = [_checked_text(text, row) for row, text in enumerate(calibration)]
+    path.write_text("\n\n".join(texts), encoding="utf-8")
     return {"data.dataset": str(path)}
+
+
+def _checked_text(text: str, row: int) -> str:
+    try:
+        text = whole_text(text)
+    except ValueError as error:
+        raise ConfigurationError("calibration", f"row {row} has {error} where text is needed") from error
+    if "\0" in text:
+        raise ConfigurationError("calibration", f"row {row} holds NUL, which text does not")
+    return text
 
 
 def _fit(scheme: str, given: Mapping[str, Any]) -> None:
