@@ -190,6 +190,19 @@ def test_the_process_is_left_as_it_was(llama: Path) -> None:
     assert state() == before
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\ud83d", r"row 1 has half a surrogate pair, U\+D83D, as character 2"),
+        ("a\0b", "row 1 holds NUL"),
+        (None, "row 1 is None; give a text"),
+    ],
+)
+def test_texts_that_are_none(llama: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^calibration: {message}"):
+        quantize(load(llama), calibration=["fine", text], settings=QUICK)
+
+
 def test_a_run_folder_whose_export_would_replace_something_is_refused(llama: Path, tmp_path: Path) -> None:
     mine = tmp_path / "models" / "model" / "mine.txt"
     mine.parent.mkdir(parents=True)

@@ -168,6 +168,19 @@ class TestRefused:
         with pytest.raises(ConfigurationError, match=r"model\.path: .* has no tokenizer"):
             run(arguments)
 
+    def test_tokenizer_that_does_not_open(self, folder: Path, source: Path, tmp_path: Path) -> None:
+        broken = Path(shutil.copytree(source, tmp_path / "broken"))
+        (broken / "tokenizer.json").write_text("{")
+        arguments = ["generate", *RUN, "--prompt=word1", f"--model.path={broken}"]
+        with pytest.raises(ConfigurationError, match=r"model\.path: .* cannot be opened: tokenizer\.json is not JSON"):
+            run(arguments)
+
+    def test_packed_folder_whose_tokenizer_does_not_open(self, folder: Path) -> None:
+        run(["export", *RUN, "--format=packed", "--output=packed"])
+        (Path("packed") / "tokenizer.json").write_text("{")
+        with pytest.raises(ConfigurationError, match=r"packed: .* cannot be opened: tokenizer\.json is not JSON"):
+            run(["generate", "--packed=packed", "--prompt=word1"])
+
     def test_packed_folder_without_a_tokenizer(self, folder: Path) -> None:
         run(["export", *RUN, "--format=packed", "--output=packed"])
         for file in Path("packed").glob("tokenizer*"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ LINEARS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
+
+
+def test_a_tokenizer_that_token_ids_do_not_need(
+    llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    fit(OmniQuantModel(str(folder)), max_epochs=0)
+    assert "cannot be opened: tokenizer.json is a Git LFS pointer" in caplog.text
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    with pytest.raises(ConfigurationError, match=r"data\.dataset: .*a\.txt' is text, and .*json is a Git LFS pointer"):
+        fit(OmniQuantModel(str(folder)), data={"dataset": str(tmp_path / "a.txt")})
 
 
 class Recorder(Callback):

@@ -104,5 +104,5 @@ def _is_tiktoken(path: Path) -> bool:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ImportError:  # of the package around it
+    except (ImportError, ValueError):  # of the package around it; of one that is hidden
         return False

@@ -141,7 +141,9 @@ def _text(value: Any, where: str) -> str:
     try:
         text = whole_text(value)
     except ValueError as error:
-        raise ConfigurationError(_KEY, f"{where} has {error}, where text is needed") from error
+        raise ConfigurationError(_KEY, f"{where} has {error} where text is needed") from error
+    if "\0" in text:
+        raise ConfigurationError(_KEY, f"{where} holds NUL, which text does not")
     if not text.strip():
         raise ConfigurationError(_KEY, f"{where} is empty; leave it out")
     return text

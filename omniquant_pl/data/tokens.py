@@ -76,8 +76,8 @@ def check_vocabulary(
     number = int(wrong[0])
     if tokenizer is not None:
         message = (
-            f"the tokenizer makes {tokenizer.convert_ids_to_tokens(number)!r} in '{name}' token id {number}, which the"
-            f" model's {vocabulary_size} embeddings do not have; is it another tokenizer, or were tokens added to it?"
+            f"'{name}' has the token {tokenizer.convert_ids_to_tokens(number)!r} (id {number}), but the model has"
+            f" {vocabulary_size} embeddings; was it added to the tokenizer alone, or is that another tokenizer?"
         )
     else:
         message = (

@@ -170,7 +170,7 @@ def _refuse_unknown(tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: P
     if unknown.numel():
         number = int(unknown[0])
         token = tokenizer.convert_ids_to_tokens(number)
-        message = f"the token {token!r} has id {number}, and the model embeddings for {rows} tokens; write it otherwise"
+        message = f"the token {token!r} (id {number}) has no embedding, the model has {rows}; leave it out"
         raise ConfigurationError("prompt", message)
 
 

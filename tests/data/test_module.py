@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import subprocess
@@ -262,7 +263,22 @@ class TestRefusals:
     def test_a_tokenizer_of_another_model(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(words(60))
         data = bound(TextSettings(tokenizer, 16, 40, 3), dataset=str(tmp_path / "a.txt"))
-        with pytest.raises(ConfigurationError, match="another tokenizer"):
+        message = r"a\.txt' has the token 'w\d\d' \(id \d\d\), but the model has 40 embeddings; .* another tokenizer"
+        with pytest.raises(ConfigurationError, match=message):
+            data.calibration_tokens()
+
+    def test_tokens_added_to_the_tokenizer_alone(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        added = copy.deepcopy(tokenizer)
+        added.add_tokens(["<tool>"])
+        (tmp_path / "a.txt").write_text(words(20) + " <tool> " + words(20))
+        data = bound(TextSettings(added, 16, VOCABULARY, 3), evaluation=[str(tmp_path / "a.txt")])
+        with pytest.raises(ConfigurationError, match=r"data\.evaluation: .* the token '<tool>' \(id 100\), but"):
+            data.evaluation_tokens()
+
+    def test_a_tokenizer_that_does_not_open(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text(words(60))
+        data = bound(TextSettings(None, 16, VOCABULARY, 3, "it is broken"), dataset=str(tmp_path / "a.txt"))
+        with pytest.raises(ConfigurationError, match=r"data\.dataset: '.*a\.txt' is text, and it is broken$"):
             data.calibration_tokens()
 
     def test_unbound(self) -> None:

@@ -36,6 +36,7 @@ class Hub:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     recorder = Hub()
     monkeypatch.setattr(datasets, "load_dataset", recorder)
+    monkeypatch.setattr("omniquant_pl.checkpoint.hub._silence", lambda: None)
     monkeypatch.chdir(tmp_path)  # no file here is called like a dataset
     return recorder
 
@@ -165,6 +166,12 @@ class TestHubErrors:
         assert str(failure) in message
         assert "builtin, wikitext2, c4, ptb, pile" in message
 
+    def test_several_lines_become_one(self, hub: Hub) -> None:
+        hub.answer = ValueError("Config name is missing.\nPick one among:\n  a, b")
+        with pytest.raises(ConfigurationError, match=r"is missing\. Pick one among: a, b; accepted") as caught:
+            read_text("wikitext", "calibration")
+        assert "\n" not in str(caught.value)
+
     def test_package_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(ConfigurationError, match="need the package 'datasets'"):
@@ -219,10 +226,11 @@ class TestFileErrors:
             read_text("a.csv", "calibration")
         assert not hub.calls
 
-    def test_not_utf8(self, tmp_path: Path) -> None:
-        (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(ConfigurationError, match=r"data\.dataset: cannot read .*a\.txt.*utf-8"):
-            read_text(str(tmp_path / "a.txt"), "calibration")
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+    def test_git_lfs_pointer(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(ConfigurationError, match=rf"data\.evaluation: .*{name} is a Git LFS pointer.*git lfs pull"):
+            read_text(str(tmp_path / name), "evaluation")
 
     @pytest.mark.parametrize(
         ("line", "message"),

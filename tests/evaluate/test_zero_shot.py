@@ -175,7 +175,10 @@ class TestRefused:
         (run_without / "config.yaml").write_text(yaml.safe_dump(config))
         task = make_task(dataset_kwargs={"data_files": {"validation": "gone.jsonl"}})
         before = (run_without / "metrics.json").read_bytes()
-        with pytest.raises(ConfigurationError, match=f"zero_shot: .* {model} .* no tokenizer .*leave zero_shot out"):
+        with pytest.raises(ConfigurationError, match=f"zero_shot: {model} has no tokenizer .*leave zero_shot out"):
+            run(["test", f"--config={run_without / 'config.yaml'}", f"--zero_shot=[{task}]"])
+        (model / "tokenizer.json").write_text("{")
+        with pytest.raises(ConfigurationError, match=r"zero_shot: .*cannot be opened: tokenizer\.json is not JSON"):
             run(["test", f"--config={run_without / 'config.yaml'}", f"--zero_shot=[{task}]"])
         assert (run_without / "metrics.json").read_bytes() == before
 

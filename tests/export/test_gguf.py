@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -371,6 +372,13 @@ class TestFile:
 
 
 class TestRefusal:
+    def test_a_tokenizer_that_does_not_open(self, make_llama: Callable[..., Path], tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(make_llama(**SIZES), tmp_path / "model"))
+        (folder / "tokenizer.json").write_text("{")
+        message = "gguf cannot hold .* cannot be opened: tokenizer.json is not JSON .*; formats that can: hf, packed"
+        with pytest.raises(ConfigurationError, match=message):
+            open_format("gguf", OmniQuantModel(str(folder), WeightSpec(4, 32)))
+
     @pytest.mark.parametrize(
         ("config", "weights", "reason"),
         [

@@ -181,14 +181,17 @@ def test_companions_come_along(llama: Path, fit: Callable[..., SequentialTrainer
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     GenerationConfig(temperature=0.25, do_sample=True).save_pretrained(source)
     copied = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"}
-    copied |= {"merges.txt", "vocab.json", "special_tokens_map.json", "LICENSE.txt"}
+    copied |= {"merges.txt", "vocab.json", "vocab.bpe", "own.tiktoken", "special_tokens_map.json", "LICENSE.txt"}
+    copied |= {"NOTICE", "USE_POLICY.md", "additional_chat_templates/tool_use.jinja"}
     left = {"pytorch_model.bin", "training_args.json", "modeling_custom.py"}
+    (source / "additional_chat_templates").mkdir()
     for name in copied | left:
         (source / name).write_text(f"content of {name}")
     (source / "tokenizer_files").mkdir()
     model = OmniQuantModel(path=str(source))
-    model.source.__dict__["tokenizer"] = None  # the files above are none
-    HfExport().write(model, fit(model, max_epochs=0).run_folder, tmp_path / "out")
+    run = fit(model, max_epochs=0).run_folder
+    for _ in range(2):  # an export with a folder of templates may be replaced as well
+        HfExport().write(model, run, tmp_path / "out")
     for name in copied:
         assert (tmp_path / "out" / name).read_text() == f"content of {name}"
     assert not any((tmp_path / "out" / name).exists() for name in left)

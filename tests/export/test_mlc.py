@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,13 @@ class TestConfig:
 
 
 class TestRefusal:
+    def test_a_tokenizer_that_does_not_open(self, make_llama: Callable[..., Path], tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(make_llama(**SIZES), tmp_path / "model"))
+        (folder / "tokenizer.json").write_text("{")
+        reason = MlcExport().refusal(OmniQuantModel(str(folder), WeightSpec(4, 32, symmetric=True)))
+        assert reason is not None
+        assert "cannot be opened: tokenizer.json is not JSON" in reason
+
     @pytest.mark.parametrize(
         ("config", "spec", "reason"),
         [

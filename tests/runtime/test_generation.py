@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,29 @@ def test_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkey
     assert generation.prompt_tokens == 4
     assert generation.tokens == likeliest(model, [1, 5, 6, 2], 12)
     assert "".join(pieces) == " ".join(WORDS[token] for token in generation.tokens)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_tokens_without_an_embedding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    """The model has 64 rows; without a chat the added token is in the prompt, with one in the template."""
+    added = copy.deepcopy(tokenizer)
+    added.add_tokens(["<tool>", "<other>"])
+    monkeypatch.setattr(added, "chat_template", "{{ messages[0].content }} <other>")
+    monkeypatch.setattr(model, "generate", lambda *_, **__: pytest.fail("it was generated"))
+    token, number = ("<other>", 65) if chat else ("<tool>", 64)
+    with pytest.raises(ConfigurationError, match=rf"^prompt: the token '{token}' \(id {number}\) .* has 64;"):
+        run(model, added, prompt="word5" if chat else "word5 <tool> word6", chat=chat)
+
+
+@pytest.mark.parametrize("prompt", ["word5 \ud83d", "\udcff word5"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompt_that_is_no_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"^prompt: character \d is '.u.*', which is no text; .* UTF-8"):
+        run(model, tokenizer, prompt=prompt, chat=chat)
 
 
 def test_prompt_without_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
