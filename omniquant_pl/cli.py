@@ -7,6 +7,8 @@ import logging
 import shlex
 import sys
 import warnings
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -35,7 +37,7 @@ from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.presets import find_config
-from omniquant_pl.refusals import in_one_line
+from omniquant_pl.mistakes import Asked, check_config_file, explain, fit_first
 from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.trainer.refusals import refuse_several
 
@@ -52,14 +54,19 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+_asked: ContextVar[Asked] = ContextVar("asked")
+"""The command line that is parsed: parsers of classes inside it know neither their key nor their command."""
+
+
 class _Parser(LightningArgumentParser):
     """Says what is wrong in a line, without the page of usage before it."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", self)
+        asked = _asked.get()
+        parser = asked.parser or self
         command = parser.prog.replace(" [options]", "")
-        self.exit(2, f"error: {in_one_line(message, sys.argv[1:])}\nsee: {command} --help\n")
+        self.exit(2, f"error: {explain(message, asked)}\nsee: {command} --help\n")
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
@@ -110,11 +117,10 @@ class OmniQuantCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is not None and not isinstance(args, list):
             raise TypeError("arguments are a list of strings, as on a command line")
-        arguments = _with_config_paths(sys.argv[1:] if args is None else args)
-        try:
-            self.config = parser.parse_args(arguments)
-        except UnicodeDecodeError as error:
-            raise ConfigurationError("--config", f"the file is not UTF-8 text: {error}") from error
+        given = sys.argv[1:] if args is None else args
+        command = self._parser(self._named[0]) if len(self._named) < len(self.subcommands()) else None
+        _asked.set(Asked(given, Path(sys.argv[0]).name, list(self.subcommands()), command))
+        self.config = parser.parse_args(_with_config_paths(given))
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -185,7 +191,10 @@ class OmniQuantCLI(LightningCLI):
     def _refuse_other_settings(self, subcommand: str) -> None:
         self._refuse_several()
         assert isinstance(self.trainer, SequentialTrainer)
-        self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
+        run = self.trainer.run_folder
+        if not (run.config.is_file() or run.blocks.is_dir()):
+            raise ConfigurationError("trainer.default_root_dir", fit_first(run.path, _asked.get()))
+        run.refuse_other_settings(self._settings(subcommand))
 
     def _settings(self, subcommand: str) -> dict[str, Any]:
         """The resolved configuration, as it is written."""
@@ -197,11 +206,17 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
     for argument in arguments:
         flag, separator, value = argument.partition("=")
         if flag in ("--config", "-c") and separator:
-            argument = f"{flag}={find_config(value)}"
+            argument = f"{flag}={_config_file(value)}"
         elif result and result[-1] in ("--config", "-c"):
-            argument = find_config(argument)
+            argument = _config_file(argument)
         result.append(argument)
     return result
+
+
+def _config_file(name: str) -> str:
+    path = find_config(name)
+    check_config_file(path)
+    return path
 
 
 def run(arguments: list[str] | None = None) -> OmniQuantCLI:
