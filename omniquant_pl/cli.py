@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 import warnings
+import zipfile
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,14 +31,15 @@ from omniquant_pl.callbacks import (
     ReportCallback,
     SaveConfig,
 )
+from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import FailedElsewhereError
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
+from omniquant_pl.mistakes import Asked, check_config_file, explain, fit_first
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.presets import find_config
-from omniquant_pl.mistakes import Asked, check_config_file, explain, fit_first
 from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.trainer.refusals import refuse_several
 
@@ -121,6 +123,15 @@ class OmniQuantCLI(LightningCLI):
         command = self._parser(self._named[0]) if len(self._named) < len(self.subcommands()) else None
         _asked.set(Asked(given, Path(sys.argv[0]).name, list(self.subcommands()), command))
         self.config = parser.parse_args(_with_config_paths(given))
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would read settings in it; there are none, and it loads whatever the file holds.
+        path = Path(self.config[self.config.subcommand].get("ckpt_path") or "")
+        if path.is_file() and not (zipfile.is_zipfile(path) or previous_of(path).is_file()):
+            raise ConfigurationError(
+                "ckpt_path", f"{path} is not a checkpoint; last goes on with the run in its folder"
+            )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -77,7 +77,7 @@ def _not_there(name: str) -> str:
 
 def _nearest(name: str) -> list[str]:
     """Returns the names of the three presets that are most like a name, fewer if not as many are alike."""
-    wanted = _stem(name.lower())
+    wanted = _stem(name.lower()).removeprefix("configs/")
     scores = {each: _likeness(wanted, each) for each in _presets()}
     alike = [each for each, score in scores.items() if score >= _LIKE]
     return sorted(alike, key=lambda each: (-scores[each], each.count("/"), each))[:3]

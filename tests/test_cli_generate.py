@@ -141,7 +141,7 @@ class TestRefused:
             ((), "prompt: give the text to go on from"),
             (("--prompt=word1", "--temperature=-1"), "temperature: -1.0 is not a number of at least 0"),
             (("--prompt=word1", "--chat=true"), "chat: the tokenizer has no chat template"),
-            (("--prompt=word1", "--device=abacus"), "device: 'abacus' is no device of this machine"),
+            (("--prompt=word1", "--device=abacus"), "device: abacus is not a device of this machine"),
             (("--prompt=word1", "--packed=nowhere"), "packed: nowhere/config.json"),
             (("--prompt=word1", "--model.weights.bits=3"), "run holds a run with another model.weights"),
         ],

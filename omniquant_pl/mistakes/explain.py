@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 
-from omniquant_pl.mistakes.foreign import command_for
 from omniquant_pl.mistakes.asked import Asked
+from omniquant_pl.mistakes.foreign import command_for
 from omniquant_pl.mistakes.unknown import unknown_argument, unknown_key
 from omniquant_pl.mistakes.values import wrong_value
 from omniquant_pl.mistakes.wording import either

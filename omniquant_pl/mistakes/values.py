@@ -55,8 +55,7 @@ def wrong_value(message: str, asked: Asked) -> str | None:
     written = asked.find(key[1], given[1])
     name = key[1] if written is None else written.key.removesuffix("+")
     place = f"{written.origin}: {name}" if written is not None and written.origin else name
-    value = given[1] if written is None or written.value is None else written.value
-    return f"{place}: {_refusal(name, value, message, asked, written)}"
+    return f"{place}: {_refusal(name, given[1], message, asked, written)}"
 
 
 def _nothing_below(key: str, part: str, asked: Asked) -> str:
@@ -79,7 +78,8 @@ def _refusal(key: str, value: str, message: str, asked: Asked, written: Written 
         return _no_section(key, value, inner, "null" in expected, asked, written)
     if kind is not None and asked.classes(key) and key not in _ACCEPTED:
         name = kind[1] or kind[2]
-        return f"there is no class {name}{did_you_mean(nearest_classes(name, asked.classes(key)))}"
+        likely = did_you_mean(nearest_classes(name, asked.classes(key)))
+        return f"there is no class {name}{likely or '; expected the import path of one, such as package.module.Name'}"
     return f"{value} is not accepted; expected {', '.join(expected)}"
 
 
@@ -102,7 +102,9 @@ def _no_list(key: str, value: str, asked: Asked, written: Written | None) -> str
     whole = _joined(value, asked.arguments)
     entries = whole.strip("[]").replace(" ", ",").split(",")
     quoted = ", ".join(entry.strip("'\"") for entry in entries if entry)
-    said = f"{value} is not a list; write" if whole == value else "the shell has split the list at its spaces; quote it:"
+    said = (
+        f"{value} is not a list; write" if whole == value else "the shell has split the list at its spaces; quote it:"
+    )
     return f"{said} --{key} '[{quoted}]'"
 
 

@@ -9,20 +9,11 @@ from typing import Any
 import torch
 
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.mistakes import devices_here
 
-__all__ = ["devices_here", "lightning_refusal", "refuse_missing_devices"]
+__all__ = ["lightning_refusal", "refuse_missing_devices"]
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-
-
-def devices_here() -> str:
-    """Returns the devices of this machine that PyTorch computes on, such as ``cpu, cuda:0 to cuda:3``."""
-    names, count = ["cpu"], torch.cuda.device_count()
-    if count:
-        names.append("cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}")
-    if torch.backends.mps.is_available():
-        names.append("mps")
-    return ", ".join(names)
 
 
 def refuse_missing_devices(options: Mapping[str, Any]) -> None:
@@ -43,7 +34,9 @@ def _refuse_accelerator(name: str) -> None:
         message = f"{name} is not accepted; for that device set it to gpu, and trainer.devices to [{index}]"
         raise ConfigurationError("trainer.accelerator", message)
     if name not in _ACCELERATORS:
-        message = f"{name} is not accepted; expected {', '.join(_ACCELERATORS)}; devices of this machine: {devices_here()}"
+        message = (
+            f"{name} is not accepted; expected {', '.join(_ACCELERATORS)}; devices of this machine: {devices_here()}"
+        )
         raise ConfigurationError("trainer.accelerator", message)
     has_mps = torch.backends.mps.is_available()
     is_missing = {"gpu": not (_cuda_devices() or has_mps), "cuda": not _cuda_devices(), "mps": not has_mps}
@@ -66,7 +59,9 @@ def _refuse_count(accelerator: str, devices: Any) -> None:
     present = 0 if accelerator == "cpu" else _cuda_devices()
     if not present:  # processes of one processor may be any number, and Apple has one device
         if wanted == -1:
-            raise ConfigurationError("trainer.devices", "-1 means all GPUs, and the calibration is on the CPU; say how many processes")
+            raise ConfigurationError(
+                "trainer.devices", "-1 means all GPUs, and the calibration is on the CPU; say how many processes"
+            )
         return
     is_there = wanted <= present if isinstance(wanted, int) else all(index < present for index in wanted)
     if not is_there:
@@ -84,7 +79,9 @@ def _numbers(devices: Any) -> int | list[int] | None:
         return [int(index) for index in re.findall(r"\d+", text)]
     if text == "auto":
         return None
-    raise ConfigurationError("trainer.devices", f"{text} is not accepted; expected a number, indices such as [0, 1], auto")
+    raise ConfigurationError(
+        "trainer.devices", f"{text} is not accepted; expected a number, indices such as [0, 1], auto"
+    )
 
 
 def lightning_refusal(error: Exception, options: Mapping[str, Any]) -> ConfigurationError:
