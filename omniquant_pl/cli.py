@@ -163,26 +163,30 @@ class OmniQuantCLI(LightningCLI):
         """Called by Lightning before the test: measures no run under settings that are not its own.
 
         Raises:
-            ConfigurationError: As :meth:`before_fit`.
+            ConfigurationError: As :meth:`before_fit`, or if there is no run, nor an exported folder to measure.
         """
+        if self.config["test"]["exported"] is None:
+            self._refuse_missing_run()
         self._refuse_other_settings("test")
 
     def before_export(self) -> None:
         """Called by Lightning before the export: takes no run for what other settings would have led to.
 
         Raises:
-            ConfigurationError: As :meth:`before_fit`.
+            ConfigurationError: As :meth:`before_fit`, or if there is no run.
         """
+        self._refuse_missing_run()
         self._refuse_other_settings("export")
 
     def before_generate(self) -> None:
         """Called by Lightning before text is generated: a packed folder that is given stands for itself.
 
         Raises:
-            ConfigurationError: As :meth:`before_fit`.
+            ConfigurationError: As :meth:`before_fit`, or if there is no run, nor a packed folder.
         """
         self._refuse_several()
         if self.config["generate"]["packed"] is None:
+            self._refuse_missing_run()
             self._refuse_other_settings("generate")
 
     def before_compare(self) -> None:
@@ -202,10 +206,13 @@ class OmniQuantCLI(LightningCLI):
     def _refuse_other_settings(self, subcommand: str) -> None:
         self._refuse_several()
         assert isinstance(self.trainer, SequentialTrainer)
+        self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
+
+    def _refuse_missing_run(self) -> None:
+        assert isinstance(self.trainer, SequentialTrainer)
         run = self.trainer.run_folder
         if not (run.config.is_file() or run.blocks.is_dir()):
             raise ConfigurationError("trainer.default_root_dir", fit_first(run.path, _asked.get()))
-        run.refuse_other_settings(self._settings(subcommand))
 
     def _settings(self, subcommand: str) -> dict[str, Any]:
         """The resolved configuration, as it is written."""

@@ -93,7 +93,8 @@ def _bases(kind: Any) -> Iterator[type]:
 
 
 def _below(base: type) -> Iterator[type]:
-    for each in base.__subclasses__():
+    below: list[type] = base.__subclasses__()
+    for each in below:
         yield each
         yield from _below(each)
 

@@ -64,7 +64,7 @@ def find_written(settings: Sequence[Written], key: str, value: str | None = None
     """
     found = [each for each in settings if _plain(each.key) == key or _plain(each.key).endswith(f".{key}")]
     same = [each for each in found if each.value == value]
-    return (same or found or [None])[-1]
+    return next(reversed(same or found), None)
 
 
 def _plain(key: str) -> str:

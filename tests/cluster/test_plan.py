@@ -124,7 +124,9 @@ def test_a_hub_repository_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> 
         raise LocalEntryNotFoundError("nothing in the cache\nand no connection")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(ConfigurationError, match="^model.path: .*'owner/name', .* nothing in the cache and no connect"):
+    with pytest.raises(
+        ConfigurationError, match=r"^model\.path: .*'owner/name', .* nothing in the cache and no connect"
+    ):
         read_skeleton("owner/name")
 
 

@@ -247,7 +247,7 @@ def test_damaged_bytes_of_codes_are_other_codes(packed: Path, tmp_path: Path, to
 
 def test_a_folder_that_is_not_there() -> None:
     with pytest.raises(
-        ConfigurationError, match="^packed: there is no packed model in nowhere; .*: export --format packed"
+        ConfigurationError, match=r"^packed: there is no packed model in nowhere; .*: export --format packed"
     ):
         load_packed("nowhere")
 
