@@ -46,7 +46,7 @@ def wrong_value(message: str, asked: Asked) -> str | None:
     if key is None:
         return None
     section = _SECTION.search(message)
-    given = section or next((found for form in _GIVEN if (found := form.search(message))), None)
+    given = section or _given(message)
     if given is None:
         return None
     nested = _NESTED.fullmatch(given[1])
@@ -56,6 +56,12 @@ def wrong_value(message: str, asked: Asked) -> str | None:
     name = key[1] if written is None else written.key.removesuffix("+")
     place = f"{written.origin}: {name}" if written is not None and written.origin else name
     return f"{place}: {_refusal(name, given[1], message, asked, written)}"
+
+
+def _given(message: str) -> re.Match[str] | None:
+    """What was given; of a list the entry that is not accepted, where the message has it."""
+    whole, part = (form.search(message) for form in _GIVEN)
+    return part if whole is None or (part is not None and whole[1].startswith("[")) else whole
 
 
 def _nothing_below(key: str, part: str, asked: Asked) -> str:

@@ -43,7 +43,7 @@ class PackedFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config_file = folder / "config.json"
-        if not self.config_file.is_file():
+        if not folder.is_dir():
             command = f"export --format packed --output {folder}"
             message = f"there is no packed model in {folder}; this command writes one: {command}"
             raise ConfigurationError(_KEY, message)
