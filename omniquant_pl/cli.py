@@ -7,9 +7,11 @@ import logging
 import shlex
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -31,14 +33,15 @@ from omniquant_pl.callbacks import (
     ReportCallback,
     SaveConfig,
 )
+from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import FailedElsewhereError
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.helptext import descriptions, own_settings_first, reword
 from omniquant_pl.interruption import Interrupted, requeue
+from omniquant_pl.mistakes import Asked, check_config_file, explain, fit_first
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.presets import find_config
-from omniquant_pl.refusals import in_one_line
 from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.trainer.refusals import refuse_several
 
@@ -68,17 +71,22 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+_asked: ContextVar[Asked] = ContextVar("asked")
+"""The command line that is parsed: parsers of classes inside it know neither their key nor their command."""
+
+
 class _Parser(LightningArgumentParser):
     """Says what is wrong in a line, without the page of usage before it."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", self)
+        asked = _asked.get()
+        parser = asked.parser or self
         if _RAISES_ERRORS.get():
-            key, separator, reason = in_one_line(message, sys.argv[1:]).partition(": ")
+            key, separator, reason = explain(message, asked).partition(": ")
             raise ConfigurationError(*((key, reason) if separator else ("settings", key))) from ex
         command = parser.prog.replace(" [options]", "")
-        self.exit(2, f"error: {in_one_line(message, sys.argv[1:])}\nsee: {command} --help\n")
+        self.exit(2, f"error: {explain(message, asked)}\nsee: {command} --help\n")
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
@@ -136,11 +144,19 @@ class OmniQuantCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is not None and not isinstance(args, list):
             raise TypeError("arguments are a list of strings, as on a command line")
-        arguments = _with_config_paths(sys.argv[1:] if args is None else args)
-        try:
-            self.config = parser.parse_args(arguments)
-        except UnicodeDecodeError as error:
-            raise ConfigurationError("--config", f"the file is not UTF-8 text: {error}") from error
+        given = sys.argv[1:] if args is None else args
+        command = self._parser(self._named[0]) if len(self._named) < len(self.subcommands()) else None
+        _asked.set(Asked(given, Path(sys.argv[0]).name, list(self.subcommands()), command))
+        self.config = parser.parse_args(_with_config_paths(given))
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would read settings in it; there are none, and it loads whatever the file holds.
+        path = Path(self.config[self.config.subcommand].get("ckpt_path") or "")
+        if path.is_file() and not (zipfile.is_zipfile(path) or previous_of(path).is_file()):
+            raise ConfigurationError(
+                "ckpt_path", f"{path} is not a checkpoint; last goes on with the run in its folder"
+            )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -172,26 +188,30 @@ class OmniQuantCLI(LightningCLI):
         """Called by Lightning before the test: measures no run under settings that are not its own.
 
         Raises:
-            ConfigurationError: As :meth:`before_fit`.
+            ConfigurationError: As :meth:`before_fit`, or if there is no run, nor an exported folder to measure.
         """
+        if self.config["test"]["exported"] is None:
+            self._refuse_missing_run()
         self._refuse_other_settings("test")
 
     def before_export(self) -> None:
         """Called by Lightning before the export: takes no run for what other settings would have led to.
 
         Raises:
-            ConfigurationError: As :meth:`before_fit`.
+            ConfigurationError: As :meth:`before_fit`, or if there is no run.
         """
+        self._refuse_missing_run()
         self._refuse_other_settings("export")
 
     def before_generate(self) -> None:
         """Called by Lightning before text is generated: a packed folder that is given stands for itself.
 
         Raises:
-            ConfigurationError: As :meth:`before_fit`.
+            ConfigurationError: As :meth:`before_fit`, or if there is no run, nor a packed folder.
         """
         self._refuse_several()
         if self.config["generate"]["packed"] is None:
+            self._refuse_missing_run()
             self._refuse_other_settings("generate")
 
     def before_compare(self) -> None:
@@ -213,6 +233,12 @@ class OmniQuantCLI(LightningCLI):
         assert isinstance(self.trainer, SequentialTrainer)
         self.trainer.run_folder.refuse_other_settings(self._settings(subcommand))
 
+    def _refuse_missing_run(self) -> None:
+        assert isinstance(self.trainer, SequentialTrainer)
+        run = self.trainer.run_folder
+        if not (run.config.is_file() or run.blocks.is_dir()):
+            raise ConfigurationError("trainer.default_root_dir", fit_first(run.path, _asked.get()))
+
     def _settings(self, subcommand: str) -> dict[str, Any]:
         """The resolved configuration, as it is written."""
         return dict(yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False)))
@@ -223,11 +249,17 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
     for argument in arguments:
         flag, separator, value = argument.partition("=")
         if flag in ("--config", "-c") and separator:
-            argument = f"{flag}={find_config(value)}"
+            argument = f"{flag}={_config_file(value)}"
         elif result and result[-1] in ("--config", "-c"):
-            argument = find_config(argument)
+            argument = _config_file(argument)
         result.append(argument)
     return result
+
+
+def _config_file(name: str) -> str:
+    path = find_config(name)
+    check_config_file(path)
+    return path
 
 
 def run(arguments: list[str] | None = None, runs: bool = True) -> OmniQuantCLI:

@@ -101,12 +101,13 @@ class TestConfigByName:
         Path("w4a4.yaml").write_text("seed_everything: 5\n")
         assert find_config("w4a4.yaml") == "w4a4.yaml"
 
-    @pytest.mark.parametrize("name", ["./w4a4.yaml", "elsewhere/w4a4.yaml"])
-    def test_everything_else_stays(self, name: str) -> None:
-        assert find_config(name) == name
+    @pytest.mark.parametrize("name", ["./w4a4.yaml", "elsewhere/w4a4.yaml", "best/w9a9.yaml", ""])
+    def test_what_is_not_there_is_refused(self, name: str) -> None:
+        with pytest.raises(ConfigurationError, match=r"^--config: "):
+            find_config(name)
 
     def test_an_unknown_bare_name_lists_the_presets(self) -> None:
-        with pytest.raises(ConfigurationError, match=r"--config: .*'nope.yaml'; presets: .*w4a4\.yaml"):
+        with pytest.raises(ConfigurationError, match=r"^--config: .* nope\.yaml, .*; presets: .*w4a4, "):
             find_config("nope.yaml")
 
     def test_later_arguments_win(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,12 +136,12 @@ class TestRefused:
             ("--data.sequence_length=64", "data.sequence_length: 64 is more than the 32 positions"),
             ("--data.dataset=gone.npy", "data.dataset: there is no file 'gone.npy'"),
             ("--data.samples=100", "data.samples: 100 windows are asked for"),
-            ("--trainer.max_epoch=1", "--trainer.max_epoch=1"),
+            ("--trainer.max_epoch=1", "--trainer.max_epoch: "),
             ("--trainer.max_epochs=-1", "trainer.max_epochs: -1 is below 0"),
             ("--trainer.max_steps=5", "trainer.max_steps: "),
             ("--trainer.precision=16-mixed", "trainer.precision: 16-mixed would round"),
             ("--trainer.strategy=fsdp", "trainer.strategy: blocks cannot be calibrated with fsdp; accepted: auto, ddp"),
-            ("--trainer.accelerator=abacus", "trainer: "),
+            ("--trainer.accelerator=abacus", "trainer.accelerator: abacus is not accepted"),
             ("--export.dtype=int8", "export.dtype: int8 is not accepted; expected float32, float16, bfloat16, null"),
             (
                 "--model.transform.initial=foo",
@@ -167,15 +168,15 @@ class TestRefused:
         [
             ("model: {wieghts: {bits: 4}}", "model.wieghts"),
             ("model: {weights: {bit: 4}}", "model.weights.bit"),
-            ("modle: {path: a}", "modle"),
+            ("modle: {path: a}", "own.yaml, line 1: there is no setting modle.path"),
             ("model: {weights: {bits: 1}}", "model.weights.bits: 1"),
             ("model: {activations: {bits: 16}}", "model.activations.bits: 16"),
             ("model: {clipping: {lr: -1.0}}", "model.clipping.lr: -1.0"),
             ("data: {batch_size: 0}", "data.batch_size: 0"),
             ("data: {micro_batch_size: 0}", "data.micro_batch_size: 0"),
             ("data: {batch_size: 2, micro_batch_size: 3}", "data.micro_batch_size: 3"),
-            ("model: [", "Problems parsing config"),
-            ("- a", "Unexpected config"),
+            ("model: [", "own.yaml, line 1, column 9: "),
+            ("- a", "own.yaml, line 1, column 1: the file holds a list"),
         ],
     )
     def test_key_of_a_file(
@@ -230,7 +231,7 @@ class TestRefused:
         self, tiny: Callable[..., Arguments], refusal: Callable[[Arguments], str]
     ) -> None:
         message = refusal(["test", *tiny()[1:]])
-        assert "trainer.default_root_dir: run/blocks/00000.safetensors is missing" in message
+        assert "trainer.default_root_dir: there is no run in run; calibrate it first: train.py fit" in message
 
     def test_run_folder_of_other_settings(
         self, tiny: Callable[..., Arguments], refusal: Callable[[Arguments], str]
@@ -240,7 +241,7 @@ class TestRefused:
         arguments = tiny("--trainer.default_root_dir=done", "--model.weights.bits=3")
         assert "trainer.default_root_dir: done holds a run with another model." in refusal(arguments)
 
-    @pytest.mark.parametrize("arguments", [[], ["--config", "w4a4.yaml"], ["fitt"]])
+    @pytest.mark.parametrize("arguments", [[], ["--config", "w4a4.yaml"], ["banana"]])
     def test_no_command(self, refusal: Callable[[Arguments], str], arguments: Arguments) -> None:
         message = refusal(arguments)
         assert "fit" in message

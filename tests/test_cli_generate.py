@@ -141,8 +141,8 @@ class TestRefused:
             ((), "prompt: give the text to go on from"),
             (("--prompt=word1", "--temperature=-1"), "temperature: -1.0 is not a number of at least 0"),
             (("--prompt=word1", "--chat=true"), "chat: the tokenizer has no chat template"),
-            (("--prompt=word1", "--device=abacus"), "device: 'abacus' is no device of this machine"),
-            (("--prompt=word1", "--packed=nowhere"), "packed: nowhere/config.json"),
+            (("--prompt=word1", "--device=abacus"), "device: abacus is not a device of this machine"),
+            (("--prompt=word1", "--packed=nowhere"), "packed: there is no packed model in nowhere"),
             (("--prompt=word1", "--model.weights.bits=3"), "run holds a run with another model.weights"),
         ],
     )
@@ -164,6 +164,7 @@ class TestRefused:
         assert "Traceback" not in err
 
     def test_model_without_a_tokenizer(self, folder: Path, llama: Path) -> None:
+        Path("other/blocks").mkdir(parents=True)
         arguments = ["generate", *RUN, "--prompt=word1", f"--model.path={llama}", "--trainer.default_root_dir=other"]
         with pytest.raises(ConfigurationError, match=r"model\.path: .* has no tokenizer"):
             run(arguments)

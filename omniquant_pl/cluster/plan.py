@@ -100,7 +100,8 @@ def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | 
     """
     size = devices * nodes
     if devices < 1 or nodes < 1:
-        raise ConfigurationError("devices" if devices < 1 else "nodes", "take a positive number")
+        key, given = ("devices", devices) if devices < 1 else ("nodes", nodes)
+        raise ConfigurationError(key, f"{given} is not a positive number")
     if segments is None:
         segments = max(count for count in range(1, size + 1) if size % count == 0 and count <= len(job.costs))
     if segments < 1:

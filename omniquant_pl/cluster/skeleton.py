@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from omniquant_pl.arch import family_of
+from omniquant_pl.checkpoint import is_hub_id, locate_model
 from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
 from omniquant_pl.errors import ConfigurationError
 
@@ -36,12 +37,16 @@ class Skeleton:
 def read_skeleton(path: str) -> Skeleton:
     """Reads a model's sizes; it need not have weights.
 
+    Args:
+        path: Name of an embedded model, path of a folder, or hub id, of which config.json alone is downloaded.
+
     Raises:
         ConfigurationError: If there is no configuration, or the family is not known.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigurationError("model.path", f"{path} is not a folder with a config.json")
-    whole = AutoConfig.from_pretrained(path)
+    folder = _download_config(path) if is_hub_id(path) else locate_model(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError("model.path", f"{folder} has no config.json; it is not a model folder")
+    whole = AutoConfig.from_pretrained(folder)
     family, config = family_of(whole), whole.get_text_config()
     dtypes = {str(each.dtype).removeprefix("torch.") for each in (whole, config)}  # before building sets them
     model = build_without_weights(whole, family, False)
@@ -62,3 +67,16 @@ def read_skeleton(path: str) -> Skeleton:
         total - sum(costs),
         "bfloat16" in dtypes,
     )
+
+
+def _download_config(repository: str) -> Path:
+    """Returns the folder of a hub repository's config.json, without its weights."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, "config.json")).parent
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        message = f"there is no folder {repository!r}, and its config.json cannot be downloaded: {reason}"
+        raise ConfigurationError("model.path", message) from error

@@ -43,6 +43,10 @@ class PackedFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config_file = folder / "config.json"
+        if not folder.is_dir():
+            command = f"export --format packed --output {folder}"
+            message = f"there is no packed model in {folder}; this command writes one: {command}"
+            raise ConfigurationError(_KEY, message)
         try:
             content = dict(json.loads(self.config_file.read_text(encoding="utf-8")))
             self.scheme = read_scheme(content.pop("quantization_config", None))

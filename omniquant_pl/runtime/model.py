@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel
 
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.mistakes import devices_here
 from omniquant_pl.runtime.folder import PackedFolder
 from omniquant_pl.runtime.skeleton import PackedSkeleton
 
@@ -89,6 +90,6 @@ def usable_device(name: torch.device | str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError("device", f"{str(name)!r} is no device of this machine: {reason}") from error
+        message = f"{name} is not a device of this machine, which has: {devices_here()}"
+        raise ConfigurationError("device", message) from error
     return device

@@ -64,8 +64,9 @@ def plan_run(
         times, job = _measured(sequential, model, datamodule)
         origin = f"measured on this machine's {trainer.strategy.root_device.type}"
     else:
-        if teraflops <= 0 or bandwidth <= 0:
-            raise ConfigurationError("teraflops", "it and bandwidth are positive numbers")
+        for key, value in (("teraflops", teraflops), ("bandwidth", bandwidth)):
+            if value <= 0:
+                raise ConfigurationError(key, f"{value:g} is not a positive number")
         times, job = _estimated(sequential, model, datamodule, teraflops, bandwidth)
         origin = f"an estimate: {teraflops:g} TFLOP/s and {bandwidth:g} GB/s sustained, nothing was measured"
     result = plan(job, times, devices, nodes, _configured(trainer) if segments is None else segments)

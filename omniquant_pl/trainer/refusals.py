@@ -23,6 +23,7 @@ from omniquant_pl.distributed import (
     balanced_segments,
 )
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.mistakes import PRECISIONS
 from omniquant_pl.model import OmniQuantModel
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_PRECISIONS = ("32-true", "bf16-mixed")
 _STRATEGIES = ("single_device", "block_parallel")
 
 
@@ -51,6 +51,9 @@ def refuse_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> N
         raise ConfigurationError("trainer.fast_dev_run", "use data.samples and trainer.max_epochs for a short run")
     if max_epochs < 0:
         raise ConfigurationError("trainer.max_epochs", f"{max_epochs} is below 0")
+    if options.get("accumulate_grad_batches", 1) < 1:
+        message = f"{options['accumulate_grad_batches']} is not a positive number; 1 accumulates nothing"
+        raise ConfigurationError("trainer.accumulate_grad_batches", message)
     if root.exists() and not root.is_dir():
         raise ConfigurationError("trainer.default_root_dir", f"{root} is not a folder")
     _refuse_precision(options.get("precision"))
@@ -178,8 +181,8 @@ def refuse_compiling(model: OmniQuantModel, data: CalibrationData, device: torch
 
 def _refuse_precision(precision: str | int | None) -> None:
     """Before Lightning replaces what the device does not have: 16-mixed would pass on a CPU."""
-    if precision not in (None, 32, "32", "bf16", *_PRECISIONS):
+    if precision not in (None, 32, "32", "bf16", *PRECISIONS):
         raise ConfigurationError(
             "trainer.precision",
-            f"{precision} would round the factors; accepted: {', '.join(_PRECISIONS)}",
+            f"{precision} would round the factors; accepted: {', '.join(PRECISIONS)}",
         )

@@ -17,11 +17,11 @@ from omniquant_pl.activations import Room
 from omniquant_pl.checkpoint.guarded import GuardedCheckpointIO
 from omniquant_pl.data import CalibrationData, TextSettings
 from omniquant_pl.distributed import Group, GroupStrategy
-from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate import Evaluation
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.trainer.devices import lightning_refusal, refuse_missing_devices
 from omniquant_pl.trainer.refusals import chosen_strategy, refuse_options, refuse_trainer
 
 __all__ = ["RunTrainer", "bind", "seed"]
@@ -57,11 +57,12 @@ class RunTrainer(Trainer):
         if logger is None or logger is True:
             logger = CSVLogger(root, name="logs", version="")
         refuse_options(max_epochs, root, options)
+        refuse_missing_devices(options)
         options["strategy"] = chosen_strategy(options)
         try:
             super().__init__(logger=logger, max_epochs=max_epochs, **options)
-        except (MisconfigurationException, ValueError) as error:
-            raise ConfigurationError("trainer", str(error)) from error
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+            raise lightning_refusal(error, options) from error
         refuse_trainer(self)
         self.run_folder = RunFolder(root)
         self.evaluation_tokens: dict[str, Tensor] = {}

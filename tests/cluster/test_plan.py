@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from omniquant_pl.checkpoint import locate_model
 from omniquant_pl.cli import run
 from omniquant_pl.cluster import BlockTimes, Job, plan, read_skeleton
 from omniquant_pl.errors import ConfigurationError
@@ -89,6 +93,47 @@ def test_a_configuration_alone_gives_the_sizes(llama: Path, tmp_path: Path) -> N
     blocks = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in model.model.layers]
     assert list(found.costs) == blocks
     assert found.others + sum(found.costs) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_an_embedded_model_is_found_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(locate_model("tiny-llama") / "model.safetensors")
+    blocks = [tensor.numel() for name, tensor in weights.items() if ".layers." in name and tensor.ndim == 2]
+    assert sum(read_skeleton("tiny-llama").costs) == sum(blocks)
+    run(["plan", "--config=w4a16g128.yaml", "--model.path=tiny-llama", "--teraflops=100", "--devices=1"])
+    assert "an estimate: 100 TFLOP/s" in " ".join(capsys.readouterr().out.split())
+
+
+def test_of_a_hub_repository_the_configuration_alone_is_fetched(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def download(repository: str, filename: str) -> str:
+        fetched.append((repository, filename))
+        return str(shutil.copy(llama / filename, tmp_path))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    found = read_skeleton("owner/name")
+    assert fetched == [("owner/name", "config.json")]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert found == read_skeleton(str(llama))
+
+
+def test_a_hub_repository_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repository: str, filename: str) -> str:
+        raise LocalEntryNotFoundError("nothing in the cache\nand no connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(
+        ConfigurationError, match=r"^model\.path: .*'owner/name', .* nothing in the cache and no connect"
+    ):
+        read_skeleton("owner/name")
+
+
+@pytest.mark.parametrize("path", ["nowhere", "./nowhere"])
+def test_a_model_that_is_not_there(path: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^model\.path: there is no folder '{path}'"):
+        read_skeleton(path)
 
 
 @pytest.mark.parametrize(("stored", "byte_count"), [("float16", 4), ("bfloat16", 2)])

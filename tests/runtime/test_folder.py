@@ -246,13 +246,15 @@ def test_damaged_bytes_of_codes_are_other_codes(packed: Path, tmp_path: Path, to
 
 
 def test_a_folder_that_is_not_there() -> None:
-    with pytest.raises(ConfigurationError, match=r"^packed: nowhere/config\.json .*No such file"):
+    with pytest.raises(
+        ConfigurationError, match=r"^packed: there is no packed model in nowhere; .*: export --format packed"
+    ):
         load_packed("nowhere")
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:77"])
 def test_a_device_that_is_not_there(packed: Path, device: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"device: '{device}' is no device of this machine"):
+    with pytest.raises(ConfigurationError, match=f"device: {device} is not a device of this machine"):
         load_packed(packed, device=device)
 
 
