@@ -86,7 +86,7 @@ class GroupParameters {
             const int shift = all_.type == OMNIQUANT_BFLOAT16 ? 16 : 0;
 #pragma unroll
             for (int i = 0; i < kLaneRows; ++i) {
-                scale[i] = float_of(scale_[i] << shift);
+                scale[i] = float_of_bits(scale_[i] << shift);
             }
         }
     }
