@@ -1,11 +1,11 @@
 // Packed codes and activations as operands of the matrix instructions: registers of two 16-bit
 // floating-point numbers. Integer arithmetic alone, so that a host can run all of it.
 //
-// Codes. Two codes stand 16 bits apart in a register. A field of a few bits is masked out of it and
-// becomes mantissa bits of a number whose exponent makes a step of the code 1: the number is code +
-// 2^n where the field begins n bits below the mantissa's top. No conversion, no subtraction: the
-// product takes the known offsets off its sums. The higher the field the smaller the offset; where
-// fields may stand lower, several codes share one shift.
+// Codes. Two codes stand 16 bits apart in a register. A mask takes a field of a few bits out of it,
+// which becomes mantissa bits of a number whose exponent makes a step of the code 1: the number is
+// code + 2^n where the field begins n bits below the mantissa's top. No conversion, no subtraction:
+// the product takes the known offsets off its sums. The higher the field, the smaller the offset;
+// where fields may stand lower, several codes share one shift.
 //
 // A lane holds kLaneCodes consecutive columns of a row. Its register j holds those of the columns
 // first(j) and first(j) + kStride.

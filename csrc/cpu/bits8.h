@@ -1,5 +1,5 @@
-// Eight codes at once: as the bytes of a 64-bit number, and as a run of 8 * bits bits. The run of
-// any width begins and ends at a byte, so every layout is made of such runs.
+// Eight codes at once: as the bytes of a 64-bit number, and as a run of 8 * bits bits. A run of any
+// width begins and ends at a byte, so every layout consists of such runs.
 #ifndef OMNIQUANT_BITS8_H
 #define OMNIQUANT_BITS8_H
 
@@ -37,7 +37,7 @@ OMNIQUANT_INLINE uint64_t spread(uint64_t run) {
     return run;
 }
 
-// Bytes become a run; what a byte holds above its code is dropped.
+// Bytes become a run; bits above the code are dropped.
 template <int kBits>
 OMNIQUANT_INLINE uint64_t gather(uint64_t codes) {
     if constexpr (kBits < 8) {

@@ -13,7 +13,8 @@ namespace {
 // The range of a dynamic grid contains zero.
 constexpr Range kZero = {0.0f, 0.0f};
 
-// Writes the gradient of the elements themselves; gives the sums for that of the extremes.
+// Writes the gradient of the elements themselves; returns the sums for the gradient of the
+// extremes.
 OMNIQUANT_INLINE RowSums pass_gradient(const float *__restrict grad, const float *__restrict x,
                                        float *__restrict grad_x, int64_t columns, Range range,
                                        Grid grid) {

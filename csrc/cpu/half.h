@@ -1,4 +1,4 @@
-// Half precision as numbers, by their bits: no instruction set is asked for.
+// Converts half precision by its bits, for every instruction set.
 #ifndef OMNIQUANT_HALF_H
 #define OMNIQUANT_HALF_H
 
@@ -10,7 +10,7 @@
 
 namespace omniquant {
 
-// The exponent is rebased by a product, which makes subnormals normal; then infinity and NaN.
+// A product rebases the exponent, which makes subnormals normal; infinity and NaN follow.
 OMNIQUANT_INLINE float float_of_float16(uint16_t half) {
     const uint32_t magnitude = (half & 0x7FFFu) << 13;
     const uint32_t rebased = bits_of_float(float_of_bits(magnitude) * 0x1p112f);

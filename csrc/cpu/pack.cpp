@@ -1,4 +1,4 @@
-// Codes into words and back, eight codes, a run, at a time. Nothing outside of a row is touched.
+// Packs and unpacks codes, a run of eight at a time. Nothing outside of a row is touched.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -23,14 +23,14 @@ OMNIQUANT_INLINE void store_some(uint8_t *to, uint64_t value, int64_t bytes) {
     std::memcpy(to, &value, static_cast<size_t>(std::min<int64_t>(bytes, sizeof value)));
 }
 
-// How many steps of `step` bytes leave `room` bytes from their begin on.
+// Number of steps of `step` bytes that have `room` bytes from their begin on.
 constexpr int64_t steps_with_room(int64_t bytes, int64_t step, int64_t room) {
     return bytes < room ? 0 : (bytes - room) / step + 1;
 }
 
-// Runs whose bytes are a number of the processor go one by one. Others are read and written as
-// eight bytes, what is too much being masked or written over by the next, until the row has none to
-// spare.
+// A run of 1, 2, 4 or 8 bytes is read and written as one number. Other runs are read and written as
+// eight bytes: a mask or the next run removes the excess. The last runs of a row, which lack the
+// room for that, take the slow loop.
 struct Stream {
     template <int kBits>
     static constexpr int64_t kRoom = (kBits & (kBits - 1)) == 0 ? kBits : kRun;
@@ -68,12 +68,12 @@ struct Stream {
     }
 };
 
-// Of widths that divide 32 this is the stream. A word of 3 bit holds a run and two codes more.
+// For widths that divide 32 this is the stream. A word of 3 bit holds a run and two more codes.
 struct Words {
     template <int kBits>
     static constexpr int64_t kEach = 32 / kBits;
 
-    // Codes that are read or written with those of a word.
+    // Codes that the fast loop reads or writes for each word.
     template <int kBits>
     static constexpr int64_t kRoom = kEach<kBits> > kRun ? 2 * kRun : kRun;
 
@@ -136,7 +136,7 @@ struct Words {
     }
 };
 
-// The plane of kWidth bits holds the code's bits from kShift on; it stands behind wider planes.
+// The plane of kWidth bits holds the code's bits from kShift on and follows the wider planes.
 struct Planes {
     template <int kBits, int kWidth>
     static constexpr int kShift = kBits & ~(2 * kWidth - 1);

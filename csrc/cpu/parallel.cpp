@@ -52,7 +52,7 @@ bool soon(const Condition &condition) {
 
 class Pool {
   public:
-    // False if the pool is at work for another caller.
+    // Returns false if the pool works for another caller.
     bool run(Job &job, int32_t threads) {
         if (busy_.exchange(true, std::memory_order_acquire)) {
             return false;
@@ -84,7 +84,7 @@ class Pool {
         }
     }
 
-    // Nobody joins from here on; who has joined is waited for.
+    // No thread joins from here on; the pool waits for those that have joined.
     void finish() {
         std::unique_lock<std::mutex> lock(mutex_);
         job_ = nullptr;
