@@ -51,11 +51,12 @@ struct Avx512 : Vectors<Avx512, 16> {
         return _mm512_fnmadd_ps(a, b, sum);
     }
 
+    // Lane i of the result is lane indices[i] of the values.
     OMNIQUANT_STEP Float permute(Float values, const int32_t *indices) {
         return _mm512_permutexvar_ps(_mm512_loadu_si512(indices), values);
     }
 
-    // Every value stands in kTimes lanes.
+    // Lane i of the result is value i / kTimes.
     template <int kTimes>
     OMNIQUANT_STEP Float spread(const float *values) {
         const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

@@ -32,12 +32,13 @@ struct Avx2 : Vectors<Avx2, 8> {
         return _mm256_fnmadd_ps(a, b, sum);
     }
 
+    // Lane i of the result is lane indices[i] of the values.
     OMNIQUANT_STEP Float permute(Float values, const int32_t *indices) {
         return _mm256_permutevar8x32_ps(
             values, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(indices)));
     }
 
-    // Every value stands in kTimes lanes.
+    // Lane i of the result is value i / kTimes.
     template <int kTimes>
     OMNIQUANT_STEP Float spread(const float *values) {
         if constexpr (kTimes == kLanes) {

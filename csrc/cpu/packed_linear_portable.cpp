@@ -32,6 +32,7 @@ struct Portable : Vectors<Portable, 8> {
 
     OMNIQUANT_STEP Float subtract_product(Float sum, Float a, Float b) { return sum - a * b; }
 
+    // Lane i of the result is lane indices[i] of the values.
     OMNIQUANT_STEP Float permute(Float values, const int32_t *indices) {
         Float result;
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -40,7 +41,7 @@ struct Portable : Vectors<Portable, 8> {
         return result;
     }
 
-    // Every value stands in kTimes lanes.
+    // Lane i of the result is value i / kTimes.
     template <int kTimes>
     OMNIQUANT_STEP Float spread(const float *values) {
         const float *v = values;

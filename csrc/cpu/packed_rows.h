@@ -58,12 +58,12 @@ struct Codes {
     // 3 bit: a lane of the low plane has 16 pairs of bits, a half word of the high plane the bits
     // above them, which move apart until they stand over their pairs.
     OMNIQUANT_STEP Codes join(typename V::Int low, typename V::Int high) {
-        high = V::template either_masked<0x00FF00FF>(high, V::template shift_left<8>(high));
-        high = V::template either_masked<0x0F0F0F0F>(high, V::template shift_left<4>(high));
-        high = V::template either_masked<0x33333333>(high, V::template shift_left<2>(high));
-        return {{V::template select<0x33333333>(low, V::template shift_left<2>(high)),
-                 V::template select<0x33333333>(V::template shift_right<2>(low),
-                                                V::template shift_left<1>(high))}};
+        constexpr uint32_t kPairs = 0x33333333u;
+        high = (high | high << 8) & 0x00FF00FFu;
+        high = (high | high << 4) & 0x0F0F0F0Fu;
+        high = (high | high << 2) & kPairs;
+        return {
+            {(low & kPairs) | (high << 2 & ~kPairs), (low >> 2 & kPairs) | (high << 1 & ~kPairs)}};
     }
 };
 

@@ -1,5 +1,7 @@
 // What the vector types of the packed product have in common, in the vectors of gcc and clang. A
-// type V derives from Vectors<V, ..> and adds the steps that depend on its instruction set.
+// type V derives from Vectors<V, ..> and adds what depends on its instruction set: kRows and
+// kTokens, the rows of the weight and the tokens that its registers hold sums for; widen and
+// widen_float16; add_product and subtract_product; permute, spread and total.
 #ifndef OMNIQUANT_VECTORS_H
 #define OMNIQUANT_VECTORS_H
 
@@ -16,7 +18,8 @@
 namespace omniquant {
 namespace {
 
-// By the number of lanes. gcc does not take a size that depends on a template.
+// The vectors of kLanes elements. They are listed because gcc takes no size that depends on a
+// template.
 template <int kLanes>
 struct VectorTypes;
 
@@ -103,31 +106,6 @@ struct Vectors {
                                           : reinterpret_cast<Float>(V::widen(halves) << 16);
     }
 
-    template <uint32_t kMask>
-    OMNIQUANT_STEP Int masked(Int words) {
-        return words & kMask;
-    }
-
-    template <uint32_t kMask>
-    OMNIQUANT_STEP Int either_masked(Int a, Int b) {
-        return (a | b) & kMask;
-    }
-
-    template <uint32_t kMask>
-    OMNIQUANT_STEP Int select(Int where, Int elsewhere) {
-        return (where & kMask) | (elsewhere & ~kMask);
-    }
-
-    template <int kCount>
-    OMNIQUANT_STEP Int shift_left(Int words) {
-        return words << kCount;
-    }
-
-    template <int kCount>
-    OMNIQUANT_STEP Int shift_right(Int words) {
-        return words >> kCount;
-    }
-
     // From signed numbers: that is one instruction everywhere.
     OMNIQUANT_STEP Float converted(Int words) {
         return __builtin_convertvector(reinterpret_cast<Signed>(words), Float);
@@ -140,7 +118,7 @@ struct Vectors {
         if constexpr (kBegin + kBits == 32) {
             return converted(words >> kBegin);
         } else {
-            return converted(masked<((1u << kBits) - 1) << kBegin>(words));
+            return converted(words & ((1u << kBits) - 1) << kBegin);
         }
     }
 

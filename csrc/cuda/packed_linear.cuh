@@ -51,7 +51,7 @@ struct PackedLinear {
 template <typename T, int kTokens>
 __device__ void write_sums(const float *sums, int warps, const PackedLinear &p, int first_row,
                            int first_token) {
-    const int tokens = min(p.tokens - first_token, kTokens);
+    const int tokens = p.tokens - first_token < kTokens ? p.tokens - first_token : kTokens;
     for (int i = threadIdx.x; i < kBlockRows * tokens; i += blockDim.x) {
         float total = 0.0f;
         for (int warp = 0; warp < warps; ++warp) {
