@@ -1,11 +1,11 @@
 // Packed codes and activations as operands of the matrix instructions: registers of two 16-bit
 // floating-point numbers. Integer arithmetic alone, so that a host can run all of it.
 //
-// Codes. Two codes stand 16 bits apart in a register. A field of a few bits is masked out of it and
-// becomes mantissa bits of a number whose exponent makes a step of the code 1: the number is code +
-// 2^n where the field begins n bits below the mantissa's top. No conversion, no subtraction: the
-// product takes the known offsets off its sums. The higher the field the smaller the offset; where
-// fields may stand lower, several codes share one shift.
+// Codes. Two codes stand 16 bits apart in a register. A mask takes a field of a few bits out of it,
+// which becomes mantissa bits of a number whose exponent makes a step of the code 1: the number is
+// code + 2^n where the field begins n bits below the mantissa's top. No conversion, no subtraction:
+// the product takes the known offsets off its sums. The higher the field, the smaller the offset;
+// where fields may stand lower, several codes share one shift.
 //
 // A lane holds kLaneCodes consecutive columns of a row. Its register j holds those of the columns
 // first(j) and first(j) + kStride.
@@ -13,8 +13,8 @@
 #define OMNIQUANT_FRAGMENTS_H
 
 #include <cstdint>
-#include <cstring>
 
+#include "float_bits.h"
 #include "inline.h"
 
 namespace omniquant {
@@ -248,28 +248,16 @@ OMNIQUANT_INLINE uint32_t pair_of(const uint32_t (&x)[kLanePairs], int first, in
 // it is above 2^-110. Truncated, not rounded, so that the largest numbers do not overflow.
 constexpr int kFloatParts = 3;
 
-OMNIQUANT_INLINE float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-OMNIQUANT_INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
 OMNIQUANT_INLINE void split(uint32_t bits, uint32_t (&parts)[kFloatParts]) {
     constexpr uint32_t kUpper = 0xffff0000u;
     constexpr uint32_t kInfinity = 0x7f800000u;
     constexpr uint32_t kQuiet = 0x00400000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
     parts[0] = (bits & kUpper) | (magnitude > kInfinity ? kQuiet : 0u);  // NaN stays NaN
-    float rest = magnitude >= kInfinity ? 0.0f : float_of(bits) - float_of(parts[0]);
+    float rest = magnitude >= kInfinity ? 0.0f : float_of_bits(bits) - float_of_bits(parts[0]);
     for (int i = 1; i < kFloatParts; ++i) {
-        parts[i] = bits_of(rest) & kUpper;
-        rest -= float_of(parts[i]);
+        parts[i] = bits_of_float(rest) & kUpper;
+        rest -= float_of_bits(parts[i]);
     }
 }
 

@@ -14,8 +14,8 @@ namespace omniquant {
 struct Grid {
     float scale;
     float zero_point;
-    float low;   // smallest code
-    float high;  // largest code
+    float quant_min;  // smallest code
+    float quant_max;  // largest code
 };
 
 // A row's extremes and zero; both NaN where the row holds a NaN.
@@ -24,12 +24,12 @@ struct Range {
     float high;
 };
 
-// What the backward of a dynamic grid adds up over a row.
+// The sums over a row that the backward of a dynamic grid needs.
 struct RowSums {
     float scale;      // gradient * slope
     float outside;    // gradients of the elements that were clamped
     float low_ties;   // elements equal to the range's low end; exact to 2^24
-    float high_ties;  // and to its high end
+    float high_ties;  // elements equal to its high end
 };
 
 // Keeps NaN, as torch.clamp does.
@@ -38,13 +38,13 @@ OMNIQUANT_INLINE float clamp(float value, float low, float high) {
     return raised > high ? high : raised;
 }
 
-// Code of a ratio value / scale, not clamped yet. An element is inside where the clamp keeps it.
+// Code of a ratio value / scale before the clamp. An element is inside where the clamp keeps it.
 OMNIQUANT_INLINE float rounded_code(float ratio, Grid grid) {
     return rintf(ratio) + grid.zero_point;
 }
 
 OMNIQUANT_INLINE float clamped_code(float code, Grid grid) {
-    return clamp(code, grid.low, grid.high);
+    return clamp(code, grid.quant_min, grid.quant_max);
 }
 
 OMNIQUANT_INLINE float fake_quantize(float x, Grid grid) {
@@ -62,7 +62,7 @@ OMNIQUANT_INLINE float range_scale(float extent, float levels) {
     return scale < FLT_MIN ? FLT_MIN : scale;
 }
 
-// The range that the grid is made of: for symmetric codes, as wide on both sides of zero.
+// The range that the grid covers: for symmetric codes, equally wide on both sides of zero.
 OMNIQUANT_INLINE Range grid_range(Range range, bool symmetric) {
     const float highest = -range.low > range.high ? -range.low : range.high;
     return symmetric ? Range{-highest, highest} : range;
@@ -78,25 +78,25 @@ OMNIQUANT_INLINE Grid dynamic_grid(Range range, int32_t bits, bool symmetric) {
     return {scale, clamp(rintf(-range.low / scale), 0.0f, levels), 0.0f, levels};
 }
 
-// Gradient that each element at an end of the range takes through scale and zero point. An end
-// that is the constant zero takes none; a scale at its floor passes none.
+// Gradient that each element at an end of the range receives through scale and zero point. An end
+// that is the constant zero receives none; a scale at its floor passes none.
 OMNIQUANT_INLINE Range end_gradients(RowSums sums, Range range, Grid grid, bool symmetric) {
     const bool floored = !(grid.scale > FLT_MIN);
     if (symmetric) {
         const float ties = sums.low_ties + sums.high_ties;
-        const float share = sums.scale / grid.high / (ties > 0.0f ? ties : 1.0f);
+        const float share = sums.scale / grid.quant_max / (ties > 0.0f ? ties : 1.0f);
         return floored ? Range{0.0f, 0.0f} : Range{-share, share};
     }
     // Rounding passes the zero point's gradient on to -low / scale unless the clamp caught it.
     const float ratio = range.low / grid.scale;
     const float zero = rintf(-ratio) == grid.zero_point ? -sums.outside : 0.0f;
-    const float high = floored ? 0.0f : (sums.scale + zero * ratio) / grid.high;
+    const float high = floored ? 0.0f : (sums.scale + zero * ratio) / grid.quant_max;
     const float low = -high - zero;
     return {range.low < 0.0f && sums.low_ties > 0.0f ? low / sums.low_ties : 0.0f,
             range.high > 0.0f && sums.high_ties > 0.0f ? high / sums.high_ties : 0.0f};
 }
 
-// What an element takes from the ends of the range that it is equal to.
+// Gradient that an element receives from the ends of the range that it is equal to.
 OMNIQUANT_INLINE float end_share(float x, Range range, Range gradients) {
     const float low = x == range.low ? gradients.low : 0.0f;
     return low + (x == range.high ? gradients.high : 0.0f);

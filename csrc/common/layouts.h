@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "ceil_divide.h"
 #include "inline.h"
 #include "omniquant.h"
 
@@ -16,7 +17,7 @@ OMNIQUANT_INLINE uint32_t low_bits(int count) {
 }
 
 OMNIQUANT_INLINE uint32_t padded_columns(uint32_t columns) {
-    return (columns + kWordBits - 1) / kWordBits * kWordBits;
+    return round_up<uint32_t>(columns, kWordBits);
 }
 
 // Bits [begin, begin + width) of a stream of words, width at most 8.

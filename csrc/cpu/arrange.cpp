@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "float_bits.h"
 #include "half.h"
 #include "multiversion.h"
 #include "omniquant.h"
@@ -11,10 +12,10 @@
 namespace omniquant {
 namespace {
 
-void arrange_numbers(const float *row, float *to, int64_t columns, const Order &order) {
-    for (int64_t begin = 0; begin < columns; begin += order.lanes * order.fields) {
+void arrange_numbers(const float *values, float *to, int64_t padded_columns, const Order &order) {
+    for (int64_t begin = 0; begin < padded_columns; begin += order.lanes * order.fields) {
         for (int32_t vector = 0; vector < order.vectors; ++vector) {
-            const float *from = row + begin + order.columns[vector][0];
+            const float *from = values + begin + order.columns[vector][0];
             for (int64_t lane = 0; lane < order.lanes; ++lane) {
                 *to++ = from[lane * order.fields] * order.factors[vector];
             }
@@ -22,12 +23,12 @@ void arrange_numbers(const float *row, float *to, int64_t columns, const Order &
     }
 }
 
-// Numbers of bfloat16, two in the place of a float.
-void arrange_pairs(const float *row, float *to, int64_t columns, const Order &order) {
-    for (int64_t begin = 0; begin < columns; begin += order.lanes * order.fields) {
+// Pairs of bfloat16 numbers, each in the place of a float.
+void arrange_pairs(const float *values, float *to, int64_t padded_columns, const Order &order) {
+    for (int64_t begin = 0; begin < padded_columns; begin += order.lanes * order.fields) {
         for (int32_t vector = 0; vector < order.vectors; ++vector) {
-            const float *low = row + begin + order.columns[vector][0];
-            const float *high = row + begin + order.columns[vector][1];
+            const float *low = values + begin + order.columns[vector][0];
+            const float *high = values + begin + order.columns[vector][1];
             for (int64_t lane = 0; lane < order.lanes; ++lane) {
                 const uint32_t pair = bits_of_float(low[lane * order.fields]) >> 16 |
                                       bits_of_float(high[lane * order.fields]);
@@ -55,39 +56,41 @@ Order make_order(int32_t bits, int64_t lanes, int32_t paired) {
 }
 
 OMNIQUANT_MULTIVERSION
-void read_row(const void *x, int32_t type, int64_t index, int64_t in, float *row, int64_t columns) {
-    const int64_t begin = index * in;
-    if (type == OMNIQUANT_FLOAT32) {
-        std::copy_n(static_cast<const float *>(x) + begin, in, row);
-    } else if (type == OMNIQUANT_FLOAT16) {
-        for (int64_t i = 0; i < in; ++i) {
-            row[i] = float_of_float16(static_cast<const uint16_t *>(x)[begin + i]);
+void read_token(const void *x, int32_t dtype, int64_t token, int64_t columns, float *values,
+                int64_t padded_columns) {
+    const int64_t begin = token * columns;
+    if (dtype == OMNIQUANT_FLOAT32) {
+        std::copy_n(static_cast<const float *>(x) + begin, columns, values);
+    } else if (dtype == OMNIQUANT_FLOAT16) {
+        for (int64_t i = 0; i < columns; ++i) {
+            values[i] = float_of_float16(static_cast<const uint16_t *>(x)[begin + i]);
         }
     } else {
-        for (int64_t i = 0; i < in; ++i) {
-            row[i] = float_of_bfloat16(static_cast<const uint16_t *>(x)[begin + i]);
+        for (int64_t i = 0; i < columns; ++i) {
+            values[i] = float_of_bfloat16(static_cast<const uint16_t *>(x)[begin + i]);
         }
     }
-    std::fill(row + in, row + columns, 0.0f);
+    std::fill(values + columns, values + padded_columns, 0.0f);
 }
 
-void arrange_row(const float *row, float *to, int64_t columns, const Order &order) {
+void arrange_token(const float *values, float *to, int64_t padded_columns, const Order &order) {
     if (order.paired == 2) {
-        arrange_pairs(row, to, columns, order);
+        arrange_pairs(values, to, padded_columns, order);
     } else {
-        arrange_numbers(row, to, columns, order);
+        arrange_numbers(values, to, padded_columns, order);
     }
 }
 
 OMNIQUANT_MULTIVERSION
-void sum_groups(const float *row, float *sums, int64_t in, int64_t group_size, int64_t stride) {
+void sum_groups(const float *values, float *sums, int64_t columns, int64_t group_size,
+                int64_t stride) {
     int64_t group = 0;
-    for (int64_t begin = 0; begin < in; begin += group_size) {
-        const int64_t end = std::min(in, begin + group_size);
+    for (int64_t begin = 0; begin < columns; begin += group_size) {
+        const int64_t end = std::min(columns, begin + group_size);
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = begin; i < end; ++i) {
-            sum += row[i];
+            sum += values[i];
         }
         sums[group++] = sum;
     }

@@ -1,4 +1,4 @@
-// Rows of x in the order in which the kernels of the packed product meet them.
+// Arranges x in the order in which the kernels of the packed product read it.
 #ifndef OMNIQUANT_ARRANGE_H
 #define OMNIQUANT_ARRANGE_H
 
@@ -6,28 +6,31 @@
 
 namespace omniquant {
 
-constexpr int MAX_FIELDS = 16;
+constexpr int kMaxFields = 16;
 
-// Which columns of its lane stand in a vector of x, and what they are multiplied with.
+// For each vector of x: which columns of a lane it holds, and the factor they are multiplied with.
 struct Order {
     int64_t lanes;
     int32_t fields;
     int32_t paired;
     int32_t vectors;
-    int32_t columns[MAX_FIELDS][2];
-    float factors[MAX_FIELDS];
+    int32_t columns[kMaxFields][2];
+    float factors[kMaxFields];
 };
 
 Order make_order(int32_t bits, int64_t lanes, int32_t paired);
 
-// Row `index` of x [.., in] as float32, zeros behind it up to `columns`.
-void read_row(const void *x, int32_t type, int64_t index, int64_t in, float *row, int64_t columns);
+// Reads one token of x [tokens, columns] as float32, with zeros up to padded_columns, a multiple of
+// lanes * fields.
+void read_token(const void *x, int32_t dtype, int64_t token, int64_t columns, float *values,
+                int64_t padded_columns);
 
-// A read row, of whole blocks of lanes * fields columns, into its order.
-void arrange_row(const float *row, float *to, int64_t columns, const Order &order);
+// Writes the values that were read to `to`, in their order.
+void arrange_token(const float *values, float *to, int64_t padded_columns, const Order &order);
 
-// The sum of each group of a read row, zeros behind them up to `stride`.
-void sum_groups(const float *row, float *sums, int64_t in, int64_t group_size, int64_t stride);
+// Writes the sum of each group of a token, with zeros up to `stride`.
+void sum_groups(const float *values, float *sums, int64_t columns, int64_t group_size,
+                int64_t stride);
 
 }  // namespace omniquant
 

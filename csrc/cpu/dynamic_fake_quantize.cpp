@@ -11,9 +11,10 @@ using namespace omniquant;
 namespace {
 
 // The range of a dynamic grid contains zero.
-constexpr Range ZERO = {0.0f, 0.0f};
+constexpr Range kZero = {0.0f, 0.0f};
 
-// Writes the gradient of the elements themselves; gives the sums for that of the extremes.
+// Writes the gradient of the elements themselves; returns the sums for the gradient of the
+// extremes.
 OMNIQUANT_INLINE RowSums pass_gradient(const float *__restrict grad, const float *__restrict x,
                                        float *__restrict grad_x, int64_t columns, Range range,
                                        Grid grid) {
@@ -44,7 +45,7 @@ void omniquant_dynamic_fake_quantize(const float *x, float *out, int64_t columns
     for (int64_t row = begin; row < end; ++row) {
         const float *__restrict values = x + row * columns;
         float *__restrict results = out + row * columns;
-        const Range range = grid_range(row_range(values, columns, ZERO), symmetric != 0);
+        const Range range = grid_range(row_range(values, columns, kZero), symmetric != 0);
         const Grid grid = dynamic_grid(range, bits, symmetric != 0);
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) {
@@ -60,7 +61,7 @@ void omniquant_dynamic_fake_quantize_backward(const float *grad, const float *x,
     for (int64_t row = begin; row < end; ++row) {
         const float *__restrict values = x + row * columns;
         float *__restrict results = grad_x + row * columns;
-        const Range range = grid_range(row_range(values, columns, ZERO), symmetric != 0);
+        const Range range = grid_range(row_range(values, columns, kZero), symmetric != 0);
         const Grid grid = dynamic_grid(range, bits, symmetric != 0);
         const RowSums sums =
             pass_gradient(grad + row * columns, values, results, columns, range, grid);

@@ -16,10 +16,10 @@ OMNIQUANT_MULTIVERSION
 void omniquant_fake_quantize(const float *x, const float *scale, const float *zero_point,
                              float *out, int64_t columns, int64_t begin, int64_t end,
                              int32_t quant_min, int32_t quant_max) {
-    const auto low = static_cast<float>(quant_min);
-    const auto high = static_cast<float>(quant_max);
+    const auto min = static_cast<float>(quant_min);
+    const auto max = static_cast<float>(quant_max);
     for (int64_t row = begin; row < end; ++row) {
-        const Grid grid = {scale[row], zero_point[row], low, high};
+        const Grid grid = {scale[row], zero_point[row], min, max};
         const float *__restrict values = x + row * columns;
         float *__restrict results = out + row * columns;
 #pragma omp simd
@@ -34,10 +34,10 @@ void omniquant_fake_quantize_backward(const float *grad, const float *x, const f
                                       const float *zero_point, float *grad_x, float *grad_scale,
                                       float *grad_zero_point, int64_t columns, int64_t begin,
                                       int64_t end, int32_t quant_min, int32_t quant_max) {
-    const auto low = static_cast<float>(quant_min);
-    const auto high = static_cast<float>(quant_max);
+    const auto min = static_cast<float>(quant_min);
+    const auto max = static_cast<float>(quant_max);
     for (int64_t row = begin; row < end; ++row) {
-        const Grid grid = {scale[row], zero_point[row], low, high};
+        const Grid grid = {scale[row], zero_point[row], min, max};
         const float *__restrict values = x + row * columns;
         const float *__restrict grads = grad + row * columns;
         float *__restrict results = grad_x + row * columns;

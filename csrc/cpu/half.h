@@ -1,36 +1,24 @@
-// Half precision as numbers, by their bits: no instruction set is asked for.
+// Converts half precision by its bits, for every instruction set.
 #ifndef OMNIQUANT_HALF_H
 #define OMNIQUANT_HALF_H
 
 #include <cstdint>
-#include <cstring>
 
-#include "multiversion.h"
+#include "float_bits.h"
+#include "inline.h"
 #include "omniquant.h"
 
 namespace omniquant {
 
-OMNIQUANT_ALWAYS_INLINE float float_of_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-OMNIQUANT_ALWAYS_INLINE uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-// The exponent is rebased by a product, which makes subnormals normal; then infinity and NaN.
-OMNIQUANT_ALWAYS_INLINE float float_of_float16(uint16_t half) {
+// A product rebases the exponent, which makes subnormals normal; infinity and NaN follow.
+OMNIQUANT_INLINE float float_of_float16(uint16_t half) {
     const uint32_t magnitude = (half & 0x7FFFu) << 13;
     const uint32_t rebased = bits_of_float(float_of_bits(magnitude) * 0x1p112f);
     const uint32_t finite = magnitude < 0x0F800000u ? rebased : magnitude | 0x7F800000u;
     return float_of_bits(finite | (half & 0x8000u) << 16);
 }
 
-OMNIQUANT_ALWAYS_INLINE float float_of_bfloat16(uint16_t half) {
+OMNIQUANT_INLINE float float_of_bfloat16(uint16_t half) {
     return float_of_bits(static_cast<uint32_t>(half) << 16);
 }
 
@@ -61,21 +49,21 @@ inline uint16_t bfloat16_of_float(float value) {
     return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
 
-// Element `index` of an array of the types in omniquant.h.
-OMNIQUANT_ALWAYS_INLINE float load_element(const void *values, int32_t type, int64_t index) {
-    if (type == OMNIQUANT_FLOAT32) {
+// Element `index` of an array of an element type in omniquant.h.
+OMNIQUANT_INLINE float load_element(const void *values, int32_t dtype, int64_t index) {
+    if (dtype == OMNIQUANT_FLOAT32) {
         return static_cast<const float *>(values)[index];
     }
     const uint16_t half = static_cast<const uint16_t *>(values)[index];
-    return type == OMNIQUANT_FLOAT16 ? float_of_float16(half) : float_of_bfloat16(half);
+    return dtype == OMNIQUANT_FLOAT16 ? float_of_float16(half) : float_of_bfloat16(half);
 }
 
-inline void store_element(void *values, int32_t type, int64_t index, float value) {
-    if (type == OMNIQUANT_FLOAT32) {
+inline void store_element(void *values, int32_t dtype, int64_t index, float value) {
+    if (dtype == OMNIQUANT_FLOAT32) {
         static_cast<float *>(values)[index] = value;
     } else {
         static_cast<uint16_t *>(values)[index] =
-            type == OMNIQUANT_FLOAT16 ? float16_of_float(value) : bfloat16_of_float(value);
+            dtype == OMNIQUANT_FLOAT16 ? float16_of_float(value) : bfloat16_of_float(value);
     }
 }
 

@@ -9,11 +9,4 @@
 #define OMNIQUANT_MULTIVERSION
 #endif
 
-// A helper that every version needs its own copy of.
-#if defined(__GNUC__)
-#define OMNIQUANT_ALWAYS_INLINE inline __attribute__((always_inline))
-#else
-#define OMNIQUANT_ALWAYS_INLINE inline
-#endif
-
 #endif

@@ -1,4 +1,4 @@
-// Codes into words and back, eight codes, a run, at a time. Nothing outside of a row is touched.
+// Packs and unpacks codes, a run of eight at a time. Nothing outside of a row is touched.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -11,198 +11,192 @@ using namespace omniquant;
 
 namespace {
 
-constexpr int64_t RUN = 8;  // codes
+constexpr int64_t kRun = 8;  // codes
 
-OMNIQUANT_ALWAYS_INLINE uint64_t load_some(const uint8_t *from, int64_t bytes) {
+OMNIQUANT_INLINE uint64_t load_some(const uint8_t *from, int64_t bytes) {
     uint64_t value = 0;
     std::memcpy(&value, from, static_cast<size_t>(std::min<int64_t>(bytes, sizeof value)));
     return value;
 }
 
-OMNIQUANT_ALWAYS_INLINE void store_some(uint8_t *to, uint64_t value, int64_t bytes) {
+OMNIQUANT_INLINE void store_some(uint8_t *to, uint64_t value, int64_t bytes) {
     std::memcpy(to, &value, static_cast<size_t>(std::min<int64_t>(bytes, sizeof value)));
 }
 
-// How many steps of `step` bytes leave `room` bytes from their begin on.
+// Number of steps of `step` bytes that have `room` bytes from their begin on.
 constexpr int64_t steps_with_room(int64_t bytes, int64_t step, int64_t room) {
     return bytes < room ? 0 : (bytes - room) / step + 1;
 }
 
-// Runs whose bytes are a number of the processor go one by one. Others are read and written as
-// eight bytes, what is too much being masked or written over by the next, until the row has none to
-// spare.
+// A run of 1, 2, 4 or 8 bytes is read and written as one number. Other runs are read and written as
+// eight bytes: a mask or the next run removes the excess. The last runs of a row, which lack the
+// room for that, take the slow loop.
 struct Stream {
-    template <int bits>
-    static constexpr int64_t room = (bits & (bits - 1)) == 0 ? bits : RUN;
+    template <int kBits>
+    static constexpr int64_t kRoom = (kBits & (kBits - 1)) == 0 ? kBits : kRun;
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE void pack(const uint8_t *__restrict codes,
-                                             uint8_t *__restrict words, int64_t columns,
-                                             int64_t bytes) {
-        const int64_t fast = std::min(columns / RUN, steps_with_room(bytes, bits, room<bits>));
+    template <int kBits>
+    static OMNIQUANT_INLINE void pack(const uint8_t *__restrict codes, uint8_t *__restrict words,
+                                      int64_t columns, int64_t bytes) {
+        const int64_t fast = std::min(columns / kRun, steps_with_room(bytes, kBits, kRoom<kBits>));
         for (int64_t i = 0; i < fast; ++i) {
-            store_bytes<room<bits>>(words + i * bits,
-                                    gather<bits>(load_bytes<RUN>(codes + i * RUN)));
+            store_bytes<kRoom<kBits>>(words + i * kBits,
+                                      gather<kBits>(load_bytes<kRun>(codes + i * kRun)));
         }
-        int64_t done = fast * bits;
-        for (int64_t begin = fast * RUN; begin < columns; begin += RUN) {
-            const int64_t width = std::min<int64_t>(bits, bytes - done);
-            store_some(words + done, gather<bits>(load_some(codes + begin, columns - begin)),
-                       width);
-            done += width;
+        int64_t done = fast * kBits;
+        for (int64_t begin = fast * kRun; begin < columns; begin += kRun) {
+            const int64_t count = std::min<int64_t>(kBits, bytes - done);
+            store_some(words + done, gather<kBits>(load_some(codes + begin, columns - begin)),
+                       count);
+            done += count;
         }
         std::memset(words + done, 0, static_cast<size_t>(bytes - done));
     }
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE void unpack(const uint8_t *__restrict words,
-                                               uint8_t *__restrict codes, int64_t columns,
-                                               int64_t bytes) {
-        const int64_t fast = std::min(columns / RUN, steps_with_room(bytes, bits, room<bits>));
+    template <int kBits>
+    static OMNIQUANT_INLINE void unpack(const uint8_t *__restrict words, uint8_t *__restrict codes,
+                                        int64_t columns, int64_t bytes) {
+        const int64_t fast = std::min(columns / kRun, steps_with_room(bytes, kBits, kRoom<kBits>));
         for (int64_t i = 0; i < fast; ++i) {
-            store_bytes<RUN>(codes + i * RUN,
-                             spread<bits>(load_bytes<room<bits>>(words + i * bits)));
+            store_bytes<kRun>(codes + i * kRun,
+                              spread<kBits>(load_bytes<kRoom<kBits>>(words + i * kBits)));
         }
-        for (int64_t i = fast; i * RUN < columns; ++i) {
-            const uint64_t run = load_some(words + i * bits, bytes - i * bits);
-            store_some(codes + i * RUN, spread<bits>(run), columns - i * RUN);
+        for (int64_t i = fast; i * kRun < columns; ++i) {
+            const uint64_t run = load_some(words + i * kBits, bytes - i * kBits);
+            store_some(codes + i * kRun, spread<kBits>(run), columns - i * kRun);
         }
     }
 };
 
-// Of widths that divide 32 this is the stream. A word of 3 bit holds a run and two codes more.
+// For widths that divide 32 this is the stream. A word of 3 bit holds a run and two more codes.
 struct Words {
-    template <int bits>
-    static constexpr int64_t each = 32 / bits;
+    template <int kBits>
+    static constexpr int64_t kEach = 32 / kBits;
 
-    // Codes that are read or written with those of a word.
-    template <int bits>
-    static constexpr int64_t room = each<bits> > RUN ? 2 * RUN : RUN;
+    // Codes that the fast loop reads or writes for each word.
+    template <int kBits>
+    static constexpr int64_t kRoom = kEach<kBits> > kRun ? 2 * kRun : kRun;
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE uint64_t gather_word(uint64_t first, uint64_t second) {
-        constexpr uint64_t used = (uint64_t{1} << (bits * each<bits>)) - 1;
-        uint64_t word = gather<bits>(first);
-        if constexpr (each<bits> > RUN) {
-            word |= gather<bits>(second) << (RUN * bits);
+    template <int kBits>
+    static OMNIQUANT_INLINE uint64_t gather_word(uint64_t first, uint64_t second) {
+        constexpr uint64_t kUsed = (uint64_t{1} << (kBits * kEach<kBits>)) - 1;
+        uint64_t word = gather<kBits>(first);
+        if constexpr (kEach<kBits> > kRun) {
+            word |= gather<kBits>(second) << (kRun * kBits);
         }
-        return word & used;
+        return word & kUsed;
     }
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE void pack(const uint8_t *__restrict codes,
-                                             uint8_t *__restrict words, int64_t columns,
-                                             int64_t bytes) {
-        if constexpr (32 % bits == 0) {
-            Stream::pack<bits>(codes, words, columns, bytes);
+    template <int kBits>
+    static OMNIQUANT_INLINE void pack(const uint8_t *__restrict codes, uint8_t *__restrict words,
+                                      int64_t columns, int64_t bytes) {
+        if constexpr (32 % kBits == 0) {
+            Stream::pack<kBits>(codes, words, columns, bytes);
         } else {
-            const int64_t fast = steps_with_room(columns, each<bits>, room<bits>);
+            const int64_t fast = steps_with_room(columns, kEach<kBits>, kRoom<kBits>);
             for (int64_t i = 0; i < fast; ++i) {
-                const uint8_t *from = codes + i * each<bits>;
-                const uint64_t second = each<bits> > RUN ? load_bytes<RUN>(from + RUN) : 0;
-                store_bytes<4>(words + 4 * i, gather_word<bits>(load_bytes<RUN>(from), second));
+                const uint8_t *from = codes + i * kEach<kBits>;
+                const uint64_t second = kEach<kBits> > kRun ? load_bytes<kRun>(from + kRun) : 0;
+                store_bytes<4>(words + 4 * i, gather_word<kBits>(load_bytes<kRun>(from), second));
             }
             for (int64_t i = fast; 4 * i < bytes; ++i) {
-                const uint8_t *from = codes + i * each<bits>;
-                const int64_t count = std::min(columns - i * each<bits>, each<bits>);
-                const uint64_t second = count > RUN ? load_some(from + RUN, count - RUN) : 0;
-                store_bytes<4>(words + 4 * i, gather_word<bits>(load_some(from, count), second));
+                const uint8_t *from = codes + i * kEach<kBits>;
+                const int64_t count = std::min(columns - i * kEach<kBits>, kEach<kBits>);
+                const uint64_t second = count > kRun ? load_some(from + kRun, count - kRun) : 0;
+                store_bytes<4>(words + 4 * i, gather_word<kBits>(load_some(from, count), second));
             }
         }
     }
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE void unpack(const uint8_t *__restrict words,
-                                               uint8_t *__restrict codes, int64_t columns,
-                                               int64_t bytes) {
-        if constexpr (32 % bits == 0) {
-            Stream::unpack<bits>(words, codes, columns, bytes);
+    template <int kBits>
+    static OMNIQUANT_INLINE void unpack(const uint8_t *__restrict words, uint8_t *__restrict codes,
+                                        int64_t columns, int64_t bytes) {
+        if constexpr (32 % kBits == 0) {
+            Stream::unpack<kBits>(words, codes, columns, bytes);
         } else {
-            const int64_t fast = steps_with_room(columns, each<bits>, room<bits>);
+            const int64_t fast = steps_with_room(columns, kEach<kBits>, kRoom<kBits>);
             for (int64_t i = 0; i < fast; ++i) {
                 const uint64_t word = load_bytes<4>(words + 4 * i);
-                uint8_t *to = codes + i * each<bits>;
-                store_bytes<RUN>(to, spread<bits>(word));
-                if constexpr (each<bits> > RUN) {
-                    store_bytes<RUN>(to + RUN, spread<bits>(word >> (RUN * bits)));
+                uint8_t *to = codes + i * kEach<kBits>;
+                store_bytes<kRun>(to, spread<kBits>(word));
+                if constexpr (kEach<kBits> > kRun) {
+                    store_bytes<kRun>(to + kRun, spread<kBits>(word >> (kRun * kBits)));
                 }
             }
             for (int64_t i = fast; 4 * i < bytes; ++i) {
                 const uint64_t word = load_bytes<4>(words + 4 * i);
-                const int64_t count = std::min(columns - i * each<bits>, each<bits>);
-                store_some(codes + i * each<bits>, spread<bits>(word), count);
-                if (count > RUN) {
-                    store_some(codes + i * each<bits> + RUN, spread<bits>(word >> (RUN * bits)),
-                               count - RUN);
+                const int64_t count = std::min(columns - i * kEach<kBits>, kEach<kBits>);
+                store_some(codes + i * kEach<kBits>, spread<kBits>(word), count);
+                if (count > kRun) {
+                    store_some(codes + i * kEach<kBits> + kRun,
+                               spread<kBits>(word >> (kRun * kBits)), count - kRun);
                 }
             }
         }
     }
 };
 
-// The plane of `width` bits holds the code's bits from `shift` on; it stands behind wider planes.
+// The plane of kWidth bits holds the code's bits from kShift on and follows the wider planes.
 struct Planes {
-    template <int bits, int width>
-    static constexpr int shift = bits & ~(2 * width - 1);
+    template <int kBits, int kWidth>
+    static constexpr int kShift = kBits & ~(2 * kWidth - 1);
 
-    template <int bits, int width>
-    static OMNIQUANT_ALWAYS_INLINE void pack_plane(const uint8_t *__restrict codes,
-                                                   uint8_t *__restrict words, int64_t columns,
-                                                   int64_t runs) {
-        if constexpr ((bits & width) != 0) {
-            constexpr int low = shift<bits, width>;
-            uint8_t *__restrict plane = words + runs * low;
-            const int64_t whole = columns / RUN;
+    template <int kBits, int kWidth>
+    static OMNIQUANT_INLINE void pack_plane(const uint8_t *__restrict codes,
+                                            uint8_t *__restrict words, int64_t columns,
+                                            int64_t runs) {
+        if constexpr ((kBits & kWidth) != 0) {
+            constexpr int kLow = kShift<kBits, kWidth>;
+            uint8_t *__restrict plane = words + runs * kLow;
+            const int64_t whole = columns / kRun;
             for (int64_t i = 0; i < whole; ++i) {
-                const uint64_t run = load_bytes<RUN>(codes + i * RUN);
-                store_bytes<width>(plane + i * width, gather<width>(run >> low));
+                const uint64_t run = load_bytes<kRun>(codes + i * kRun);
+                store_bytes<kWidth>(plane + i * kWidth, gather<kWidth>(run >> kLow));
             }
             for (int64_t i = whole; i < runs; ++i) {
-                const int64_t rest = columns - i * RUN;
-                const uint64_t run = rest > 0 ? load_some(codes + i * RUN, rest) : 0;
-                store_bytes<width>(plane + i * width, gather<width>(run >> low));
+                const int64_t rest = columns - i * kRun;
+                const uint64_t run = rest > 0 ? load_some(codes + i * kRun, rest) : 0;
+                store_bytes<kWidth>(plane + i * kWidth, gather<kWidth>(run >> kLow));
             }
         }
     }
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE void pack(const uint8_t *codes, uint8_t *words, int64_t columns,
-                                             int64_t bytes) {
-        const int64_t runs = bytes / bits;
-        pack_plane<bits, 8>(codes, words, columns, runs);
-        pack_plane<bits, 4>(codes, words, columns, runs);
-        pack_plane<bits, 2>(codes, words, columns, runs);
-        pack_plane<bits, 1>(codes, words, columns, runs);
+    template <int kBits>
+    static OMNIQUANT_INLINE void pack(const uint8_t *codes, uint8_t *words, int64_t columns,
+                                      int64_t bytes) {
+        const int64_t runs = bytes / kBits;
+        pack_plane<kBits, 8>(codes, words, columns, runs);
+        pack_plane<kBits, 4>(codes, words, columns, runs);
+        pack_plane<kBits, 2>(codes, words, columns, runs);
+        pack_plane<kBits, 1>(codes, words, columns, runs);
     }
 
-    template <int bits, int width>
-    static OMNIQUANT_ALWAYS_INLINE uint64_t take(const uint8_t *words, int64_t runs, int64_t i) {
-        if constexpr ((bits & width) != 0) {
-            constexpr int low = shift<bits, width>;
-            return spread<width>(load_bytes<width>(words + runs * low + i * width)) << low;
+    template <int kBits, int kWidth>
+    static OMNIQUANT_INLINE uint64_t take(const uint8_t *words, int64_t runs, int64_t i) {
+        if constexpr ((kBits & kWidth) != 0) {
+            constexpr int kLow = kShift<kBits, kWidth>;
+            return spread<kWidth>(load_bytes<kWidth>(words + runs * kLow + i * kWidth)) << kLow;
         } else {
             return 0;
         }
     }
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE uint64_t take_all(const uint8_t *words, int64_t runs,
-                                                     int64_t i) {
-        return take<bits, 8>(words, runs, i) | take<bits, 4>(words, runs, i) |
-               take<bits, 2>(words, runs, i) | take<bits, 1>(words, runs, i);
+    template <int kBits>
+    static OMNIQUANT_INLINE uint64_t take_all(const uint8_t *words, int64_t runs, int64_t i) {
+        return take<kBits, 8>(words, runs, i) | take<kBits, 4>(words, runs, i) |
+               take<kBits, 2>(words, runs, i) | take<kBits, 1>(words, runs, i);
     }
 
-    template <int bits>
-    static OMNIQUANT_ALWAYS_INLINE void unpack(const uint8_t *__restrict words,
-                                               uint8_t *__restrict codes, int64_t columns,
-                                               int64_t bytes) {
-        const int64_t runs = bytes / bits;
-        const int64_t whole = columns / RUN;
+    template <int kBits>
+    static OMNIQUANT_INLINE void unpack(const uint8_t *__restrict words, uint8_t *__restrict codes,
+                                        int64_t columns, int64_t bytes) {
+        const int64_t runs = bytes / kBits;
+        const int64_t whole = columns / kRun;
         for (int64_t i = 0; i < whole; ++i) {
-            store_bytes<RUN>(codes + i * RUN, take_all<bits>(words, runs, i));
+            store_bytes<kRun>(codes + i * kRun, take_all<kBits>(words, runs, i));
         }
-        if (const int64_t rest = columns % RUN; rest != 0) {
-            store_some(codes + whole * RUN, take_all<bits>(words, runs, whole), rest);
+        if (const int64_t rest = columns % kRun; rest != 0) {
+            store_some(codes + whole * kRun, take_all<kBits>(words, runs, whole), rest);
         }
     }
 };
@@ -214,21 +208,21 @@ struct Rows {
     int64_t end;
 };
 
-template <class Layout, int bits>
-OMNIQUANT_ALWAYS_INLINE void pack_rows(const uint8_t *codes, uint32_t *words, const Rows &rows) {
+template <typename Layout, int kBits>
+OMNIQUANT_INLINE void pack_rows(const uint8_t *codes, uint32_t *words, const Rows &rows) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         auto *to = reinterpret_cast<uint8_t *>(words + row * rows.words_per_row);
-        Layout::template pack<bits>(codes + row * rows.columns, to, rows.columns,
-                                    rows.words_per_row * 4);
+        Layout::template pack<kBits>(codes + row * rows.columns, to, rows.columns,
+                                     rows.words_per_row * 4);
     }
 }
 
-template <class Layout, int bits>
-OMNIQUANT_ALWAYS_INLINE void unpack_rows(const uint32_t *words, uint8_t *codes, const Rows &rows) {
+template <typename Layout, int kBits>
+OMNIQUANT_INLINE void unpack_rows(const uint32_t *words, uint8_t *codes, const Rows &rows) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         const auto *from = reinterpret_cast<const uint8_t *>(words + row * rows.words_per_row);
-        Layout::template unpack<bits>(from, codes + row * rows.columns, rows.columns,
-                                      rows.words_per_row * 4);
+        Layout::template unpack<kBits>(from, codes + row * rows.columns, rows.columns,
+                                       rows.words_per_row * 4);
     }
 }
 

@@ -12,39 +12,39 @@ using namespace omniquant;
 
 namespace {
 
-constexpr int64_t MIN_PARALLEL_PRODUCTS = 1 << 19;  // handing over costs what so many take
-constexpr int64_t MIN_PARALLEL_NUMBERS = 1 << 15;   // of x
-constexpr int64_t PIECES_PER_THREAD = 8;            // a thread that lags holds up one piece
-constexpr int64_t PIECE_MULTIPLE = 12;              // rows, of 1, 3 or 4 at once
-constexpr int64_t MAX_LANES = 16;
-constexpr int64_t MIN_LANES = 8;
-constexpr int64_t MAX_ROWS = 16;  // of x at a time, so that they stay in a core's cache
+constexpr int64_t kMinParallelProducts = 1 << 19;  // as long as threads take to start
+constexpr int64_t kMinParallelElements = 1 << 15;  // of x
+constexpr int64_t kPiecesPerThread = 8;            // a thread that lags holds up one piece
+constexpr int64_t kPieceMultiple = 12;             // rows; kernels take 1, 3 or 4 at once
+constexpr int64_t kMaxLanes = 16;
+constexpr int64_t kMinLanes = 8;
+constexpr int64_t kMaxTokens = 16;  // arranged at a time, so that they stay in a core's cache
 
 struct Kernel {
     PackedKernel run;
     int64_t lanes;
     int32_t paired;
-    int64_t limit;  // rows of x, measured against torch's product of 4 bit, dequantized
+    int64_t limit;  // tokens; measured against torch's product with a dequantized weight of 4 bit
 };
 
-// The widest that the processor has and the caller allows; 0 allows all.
-Kernel choose_kernel(int32_t widest, int32_t type, int32_t bits) {
+// The widest kernel that the processor can run and the caller allows; 0 allows all.
+Kernel choose_kernel(int32_t bits, int32_t dtype, int32_t lanes) {
 #if defined(OMNIQUANT_X86)
-    const int32_t lanes = widest == 0 ? MAX_LANES : widest;
+    const int64_t widest = lanes == 0 ? kMaxLanes : lanes;
     const bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (lanes >= 16 && fma && __builtin_cpu_supports("avx512f") &&
+    if (widest >= 16 && fma && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        const bool pairs = type == OMNIQUANT_BFLOAT16 && bits < 8;
+        const bool pairs = dtype == OMNIQUANT_BFLOAT16 && bits < 8;
         if (pairs && __builtin_cpu_supports("avx512bf16")) {
             return {packed_rows_avx512_bf16, 16, 2, INT64_MAX};
         }
         return {packed_rows_avx512, 16, 1, 64};
     }
-    if (lanes >= 8 && fma && __builtin_cpu_supports("avx2")) {
+    if (widest >= 8 && fma && __builtin_cpu_supports("avx2")) {
         return {packed_rows_avx2, 8, 1, 16};
     }
 #endif
-    (void)widest, (void)type, (void)bits;
+    (void)bits, (void)dtype, (void)lanes;
     return {packed_rows_portable, 8, 1, 8};
 }
 
@@ -52,38 +52,37 @@ Kernel choose_kernel(int32_t widest, int32_t type, int32_t bits) {
 struct Plan {
     int64_t units;
     int64_t groups;
-    int64_t columns;  // of a row of x, whole blocks
-    int64_t stride;   // of arranged rows; not a power of two, which caches take badly
+    int64_t padded_columns;  // of x, whole blocks
+    int64_t stride;          // of arranged tokens; not a power of two, which caches handle badly
     int64_t sums_stride;
     int64_t scratch;  // of a thread
-    int64_t sums;     // begins
+    int64_t sums;     // from here on, where each part begins
     int64_t indices;
     int64_t first_groups;
     int64_t scratches;
     int64_t end;
 };
 
-Plan make_plan(int64_t n, int64_t in, int64_t group_size, int32_t bits, int64_t lanes,
+Plan make_plan(int64_t tokens, int64_t columns, int64_t group_size, int32_t bits, int64_t lanes,
                int64_t threads) {
-    const int64_t block = lanes * fields_of(bits);
-    const int64_t rows = std::min(n, MAX_ROWS);
+    const int64_t arranged = std::min(tokens, kMaxTokens);
     Plan plan;
-    plan.units = (in + UNIT - 1) / UNIT;
-    plan.groups = (in + group_size - 1) / group_size;
-    plan.columns = (in + block - 1) / block * block;
-    plan.stride = whole_lines(plan.columns) + LINE;
+    plan.units = ceil_divide(columns, kUnit);
+    plan.groups = ceil_divide(columns, group_size);
+    plan.padded_columns = round_up(columns, lanes * fields_of(bits));
+    plan.stride = whole_lines(plan.padded_columns) + kLine;
     plan.sums_stride = whole_lines(plan.groups);
-    plan.scratch = std::max(MAX_ROWS_AT_ONCE * scratch_of_row(plan.units, plan.groups),
-                            whole_lines(plan.columns));
-    plan.sums = rows * plan.stride;
-    plan.indices = plan.sums + rows * plan.sums_stride;
+    plan.scratch = std::max(kMaxRows * scratch_of_row(plan.units, plan.groups),
+                            whole_lines(plan.padded_columns));
+    plan.sums = arranged * plan.stride;
+    plan.indices = plan.sums + arranged * plan.sums_stride;
     plan.first_groups = plan.indices + whole_lines(plan.units);
-    plan.scratches = plan.first_groups + whole_lines(plan.units / MIN_LANES + 1);
+    plan.scratches = plan.first_groups + whole_lines(plan.units / kMinLanes + 1);
     plan.end = plan.scratches + threads * plan.scratch;
     return plan;
 }
 
-// The group of each vector's first unit, and each unit's group, counted from that.
+// Finds the group of each vector's first unit, and each unit's group, counted from that.
 void index_groups(int32_t *indices, int32_t *first_groups, int64_t units, int64_t group_units,
                   int64_t lanes) {
     for (int64_t begin = 0; begin < units; begin += lanes) {
@@ -104,22 +103,22 @@ struct Call {
     PackedProduct product;
     const void *x;
     float *memory;
-    int64_t in;
+    int64_t columns;
     int64_t group_size;
 
     float *scratch(int32_t worker) const { return memory + plan.scratches + worker * plan.scratch; }
 };
 
-void arrange_rows(const void *context, int32_t worker, int64_t begin, int64_t end) {
+void arrange_tokens(const void *context, int32_t worker, int64_t begin, int64_t end) {
     const Call &call = *static_cast<const Call *>(context);
     const Plan &plan = call.plan;
     const Output &out = call.product.out;
     for (int64_t i = begin; i < end; ++i) {
-        float *const row = call.scratch(worker);
-        read_row(call.x, out.type, out.first + i, call.in, row, plan.columns);
-        arrange_row(row, call.memory + i * plan.stride, plan.columns, call.order);
-        sum_groups(row, call.memory + plan.sums + i * plan.sums_stride, call.in, call.group_size,
-                   plan.sums_stride);
+        float *const values = call.scratch(worker);
+        read_token(call.x, out.dtype, out.first + i, call.columns, values, plan.padded_columns);
+        arrange_token(values, call.memory + i * plan.stride, plan.padded_columns, call.order);
+        sum_groups(values, call.memory + plan.sums + i * plan.sums_stride, call.columns,
+                   call.group_size, plan.sums_stride);
     }
 }
 
@@ -129,47 +128,47 @@ void multiply_piece(const void *context, int32_t worker, int64_t begin, int64_t 
 }
 
 int64_t piece_of(int64_t rows, int32_t threads) {
-    const int64_t pieces = threads * PIECES_PER_THREAD;
-    return ((rows + pieces - 1) / pieces + PIECE_MULTIPLE - 1) / PIECE_MULTIPLE * PIECE_MULTIPLE;
+    return round_up(ceil_divide(rows, threads * kPiecesPerThread), kPieceMultiple);
 }
 
 }  // namespace
 
-int64_t omniquant_packed_linear_workspace(int64_t n, int64_t in, int64_t group_size, int32_t bits,
-                                          int32_t threads) {
-    return make_plan(n, in, group_size, bits, MAX_LANES, threads).end + LINE;
+int64_t omniquant_packed_linear_workspace(int64_t tokens, int64_t columns, int64_t group_size,
+                                          int32_t bits, int32_t threads) {
+    return make_plan(tokens, columns, group_size, bits, kMaxLanes, threads).end + kLine;
 }
 
-int64_t omniquant_packed_linear_limit(int32_t bits, int32_t type, int32_t lanes) {
-    return choose_kernel(lanes, type, bits).limit;
+int64_t omniquant_packed_linear_limit(int32_t bits, int32_t dtype, int32_t lanes) {
+    return choose_kernel(bits, dtype, lanes).limit;
 }
 
 void omniquant_packed_linear(const void *x, const uint32_t *words, const void *scale,
-                             const uint8_t *zero_point, void *out, float *workspace, int64_t n,
-                             int64_t in, int64_t out_features, int64_t group_size, int32_t bits,
-                             int32_t type, int32_t scale_type, int32_t threads, int32_t lanes) {
-    const Kernel kernel = choose_kernel(lanes, type, bits);
-    const Plan plan = make_plan(n, in, group_size, bits, kernel.lanes, threads);
-    const auto misaligned = reinterpret_cast<uintptr_t>(workspace) / sizeof(float) % LINE;
-    float *const memory = workspace + (LINE - static_cast<int64_t>(misaligned)) % LINE;
+                             const uint8_t *zero_point, void *out, float *workspace, int64_t tokens,
+                             int64_t columns, int64_t rows, int64_t group_size, int32_t bits,
+                             int32_t dtype, int32_t scale_dtype, int32_t threads, int32_t lanes) {
+    const Kernel kernel = choose_kernel(bits, dtype, lanes);
+    const Plan plan = make_plan(tokens, columns, group_size, bits, kernel.lanes, threads);
+    const auto misaligned = reinterpret_cast<uintptr_t>(workspace) / sizeof(float) % kLine;
+    float *const memory = workspace + (kLine - static_cast<int64_t>(misaligned)) % kLine;
     auto *const indices = reinterpret_cast<int32_t *>(memory + plan.indices);
     const int64_t group_units =
-        std::max<int64_t>(group_size >= in ? plan.units : group_size / UNIT, 1);
+        std::max<int64_t>(group_size >= columns ? plan.units : group_size / kUnit, 1);
     auto *const first_groups = reinterpret_cast<int32_t *>(memory + plan.first_groups);
     index_groups(indices, first_groups, plan.units, group_units, kernel.lanes);
     const PackedWeight weight = {words,      scale,       zero_point, plan.units * bits,
-                                 plan.units, plan.groups, bits,       scale_type};
-    for (int64_t first = 0; first < n; first += MAX_ROWS) {
-        const int64_t rows = std::min(n - first, MAX_ROWS);
-        const ArrangedRows arranged = {memory, memory + plan.sums, rows, plan.stride,
-                                       plan.sums_stride};
-        const Output output = {out, first, out_features, type};
+                                 plan.units, plan.groups, bits,       scale_dtype};
+    for (int64_t first = 0; first < tokens; first += kMaxTokens) {
+        const int64_t count = std::min(tokens - first, kMaxTokens);
+        const ArrangedTokens arranged = {memory, memory + plan.sums, count, plan.stride,
+                                         plan.sums_stride};
+        const Output output = {out, first, rows, dtype};
         const Order order = make_order(bits, kernel.lanes, kernel.paired);
-        const Call call = {plan, order,  kernel, {weight, arranged, output, indices, first_groups},
-                           x,    memory, in,     group_size};
-        parallel_for(rows, 1, rows * in < MIN_PARALLEL_NUMBERS ? 1 : threads, arrange_rows, &call);
-        parallel_for(out_features, piece_of(out_features, threads),
-                     rows * in * out_features < MIN_PARALLEL_PRODUCTS ? 1 : threads, multiply_piece,
+        const Call call = {plan, order,  kernel,  {weight, arranged, output, indices, first_groups},
+                           x,    memory, columns, group_size};
+        parallel_for(count, 1, count * columns < kMinParallelElements ? 1 : threads, arrange_tokens,
+                     &call);
+        parallel_for(rows, piece_of(rows, threads),
+                     count * columns * rows < kMinParallelProducts ? 1 : threads, multiply_piece,
                      &call);
     }
 }

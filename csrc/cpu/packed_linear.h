@@ -1,35 +1,37 @@
 // What the kernels of the packed product share: its operands, and the order of x.
 //
-// A vector of words holds many codes a lane. Kernels take a code of every lane at a time, so x is
-// arranged once a call in the order in which they come: lane j holds as many columns as codes,
-// those from j * fields on, and one field of all lanes meets one vector of x. Kernels of pairs take
-// two codes a lane, of its lower and its upper half, which meet a vector of twice as many bfloat16.
+// Each lane of a vector of words holds several codes, its fields. A kernel takes one field of all
+// lanes at a time, so x is arranged once a call in the same order: lane j holds the columns from
+// j * fields on, and one field of all lanes meets one vector of x. Kernels of pairs take two fields
+// a lane, one of its lower and one of its upper half, which meet a vector of twice as many bfloat16
+// numbers.
 //
-// sum((code - zero) * scale * x) = sum over groups of scale * (sum(code * x) - zero * sum(x)).
+// sum((code - zero_point) * scale * x) =
+//     sum over groups of scale * (sum(code * x) - zero_point * sum(x))
 #ifndef OMNIQUANT_PACKED_LINEAR_H
 #define OMNIQUANT_PACKED_LINEAR_H
 
 #include <cstdint>
 
-#include "multiversion.h"
+#include "ceil_divide.h"
 
 namespace omniquant {
 
-constexpr int64_t UNIT = 32;             // columns; a group is whole units
-constexpr int64_t MAX_ROWS_AT_ONCE = 4;  // of the weight
+constexpr int64_t kUnit = 32;    // columns; a group is whole units
+constexpr int64_t kMaxRows = 4;  // of the weight at once
 
 // Columns of one lane.
 constexpr int fields_of(int bits) {
     return bits == 3 ? 16 : 32 / bits;
 }
 
-// Bits from field to field. 3 bit: two words of nibbles are made, of the even and of the odd
-// columns, the fourth bit of which is never looked at.
+// Bits from field to field. 3 bit: the kernel makes two words of nibbles, one of the even and one
+// of the odd columns; nothing reads the fourth bit of a nibble.
 constexpr int spacing_of(int bits) {
     return bits == 3 ? 4 : bits;
 }
 
-// Vectors of x that meet one word of fields; `paired` is the codes that a lane gives at a time.
+// Vectors of x that meet one word of fields. `paired`: codes that a lane gives at a time, 1 or 2.
 constexpr int vectors_of_word(int bits, int paired) {
     return 32 / spacing_of(bits) / paired;
 }
@@ -46,61 +48,61 @@ constexpr int column_at(int bits, int paired, int vector, int half) {
     return bits == 3 ? 2 * field + vector / each : field;
 }
 
-// A single field is taken out of its word by a mask alone, and becomes a number that is too large
-// by this power of two; x is divided by it. The one that reaches the sign is shifted down instead.
+// A mask alone takes a single field out of its word, which leaves a number that is too large by
+// this power of two; x is divided by it. The field that reaches the sign is shifted down instead.
 constexpr int exponent_at(int bits, int paired, int vector) {
     const int begin = vector % vectors_of_word(bits, paired) * spacing_of(bits);
     return paired == 2 || begin + bits == 32 ? 0 : begin;
 }
 
 struct PackedWeight {
-    const uint32_t *words;  // [rows, words_per_row]
-    const void *scale;      // [rows, groups]
-    const uint8_t *zero_point;
+    const uint32_t *words;      // [rows, words_per_row]
+    const void *scale;          // [rows, groups]
+    const uint8_t *zero_point;  // [rows, groups] or null
     int64_t words_per_row;
     int64_t units;
     int64_t groups;
     int32_t bits;
-    int32_t scale_type;
+    int32_t scale_dtype;
 };
 
-struct ArrangedRows {
-    const float
-        *values;        // [n, stride], zero where no column is; pairs of bfloat16 for such kernels
-    const float *sums;  // [n, sums_stride], of each group
-    int64_t n;
+// Some tokens of x. Kernels of pairs take pairs of bfloat16 numbers as values.
+struct ArrangedTokens {
+    const float *values;  // [tokens, stride], zero where no column is
+    const float *sums;    // [tokens, sums_stride], of each group
+    int64_t tokens;
     int64_t stride;
     int64_t sums_stride;
 };
 
 struct Output {
-    void *values;   // [rows, features]
-    int64_t first;  // row, of the first of x
-    int64_t features;
-    int32_t type;
+    void *values;   // [all tokens, rows]
+    int64_t first;  // the token of `values` that is the first of the arranged ones
+    int64_t rows;
+    int32_t dtype;
 };
 
 struct PackedProduct {
     PackedWeight weight;
-    ArrangedRows x;
+    ArrangedTokens x;
     Output out;
     const int32_t *group_of_unit;  // counted from the group of its vector's first unit
-    const int32_t *first_groups;   // of each vector of units; a division a row would take long
+    const int32_t *first_groups;   // of each vector of units; dividing for each row would be slow
 };
 
-constexpr int64_t LINE = 16;  // floats of a cache line, and of the widest vector
+constexpr int64_t kLine = 16;  // floats of a cache line, and of the widest vector
 
 constexpr int64_t whole_lines(int64_t floats) {
-    return (floats + LINE - 1) / LINE * LINE;
+    return round_up(floats, kLine);
 }
 
 // Floats that a thread needs for a row of the weight: a scale for each unit, and one number for
 // each group. A vector may begin at the last of either.
 constexpr int64_t scratch_of_row(int64_t units, int64_t groups) {
-    return whole_lines(units) + LINE + whole_lines(groups) + LINE;
+    return whole_lines(units) + kLine + whole_lines(groups) + kLine;
 }
 
-// Weight rows [begin, end) for all rows of x.
+// Multiplies rows [begin, end) of the weight with all arranged tokens.
 using PackedKernel = void (*)(const PackedProduct &product, float *scratch, int64_t begin,
                               int64_t end);
 

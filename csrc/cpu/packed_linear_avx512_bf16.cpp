@@ -12,25 +12,22 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
     using Number = __m512bh;
-    static constexpr int rows =
-        3;  // with two times as many sums of 4 rows of x, what registers hold
-    static constexpr int paired = 2;
-    static constexpr int offset = 128;
+    static constexpr int kRows = 3;  // of the weight: with 4 tokens, what the registers hold
+    static constexpr int kPaired = 2;
+    static constexpr int kOffset = 128;
 
-    template <int bits, int spacing, int index>
+    template <int kBits, int kSpacing, int kIndex>
     OMNIQUANT_STEP Number number(Int words) {
-        constexpr int32_t mask = ((1 << bits) - 1) * 0x00010001;
-        constexpr int32_t numbers = 0x43004300;
-        const Int low = index == 0 ? words : shift_right<index * spacing>(words);
+        constexpr int32_t kMask = ((1 << kBits) - 1) * 0x00010001;
+        constexpr int32_t kNumbers = 0x43004300;
         return reinterpret_cast<Number>(_mm512_ternarylogic_epi32(
-            low, _mm512_set1_epi32(mask), _mm512_set1_epi32(numbers), 0xEA));  // (low & mask) | it
+            reinterpret_cast<__m512i>(words >> kIndex * kSpacing), _mm512_set1_epi32(kMask),
+            _mm512_set1_epi32(kNumbers), 0xEA));  // (words & kMask) | kNumbers
     }
 
     OMNIQUANT_STEP Number load_x(const float *values) {
         return reinterpret_cast<Number>(_mm512_load_si512(values));
     }
-
-    OMNIQUANT_STEP Float sum(Float a, Float b) { return _mm512_add_ps(a, b); }
 
     OMNIQUANT_STEP Float dot(Number a, Number b) { return add_dot(fill(0.0f), a, b); }
 

@@ -12,6 +12,8 @@
 #include <pthread.h>
 #endif
 
+#include "ceil_divide.h"
+
 namespace omniquant {
 namespace {
 
@@ -19,7 +21,7 @@ using Clock = std::chrono::steady_clock;
 
 // How long a thread looks for the next product, or the caller for the end of the last piece, before
 // it sleeps. Layers of a model follow each other within this time.
-constexpr std::chrono::microseconds PATIENCE{50};
+constexpr std::chrono::microseconds kPatience{50};
 
 struct Job {
     Task task;
@@ -36,9 +38,9 @@ struct Job {
     }
 };
 
-template <class Condition>
+template <typename Condition>
 bool soon(const Condition &condition) {
-    const Clock::time_point end = Clock::now() + PATIENCE;
+    const Clock::time_point end = Clock::now() + kPatience;
     while (!condition()) {
         if (Clock::now() > end) {
             return false;
@@ -50,7 +52,7 @@ bool soon(const Condition &condition) {
 
 class Pool {
   public:
-    // False if the pool is at work for another caller.
+    // Returns false if the pool works for another caller.
     bool run(Job &job, int32_t threads) {
         if (busy_.exchange(true, std::memory_order_acquire)) {
             return false;
@@ -82,7 +84,7 @@ class Pool {
         }
     }
 
-    // Nobody joins from here on; who has joined is waited for.
+    // No thread joins from here on; the pool waits for those that have joined.
     void finish() {
         std::unique_lock<std::mutex> lock(mutex_);
         job_ = nullptr;
@@ -160,7 +162,7 @@ void parallel_for(int64_t count, int64_t piece, int32_t threads, Task task, cons
     if (count <= 0) {
         return;
     }
-    const int64_t pieces = (count + piece - 1) / piece;
+    const int64_t pieces = ceil_divide(count, piece);
     threads = static_cast<int32_t>(std::min<int64_t>(threads, pieces));
     if (threads > 1) {
         Job job{task, context, count, piece};

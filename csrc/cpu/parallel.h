@@ -1,5 +1,6 @@
-// Rows over threads that wait for work. A product of a millisecond is over before a thread of an
-// ordinary pool has woken: the caller starts at once, and whoever wakes takes what is left.
+// Shares out rows to threads that wait for work. A product of a millisecond is over before a thread
+// of an ordinary pool wakes: here the caller starts at once, and the threads that wake take what is
+// left.
 #ifndef OMNIQUANT_PARALLEL_H
 #define OMNIQUANT_PARALLEL_H
 
@@ -7,11 +8,11 @@
 
 namespace omniquant {
 
-// Works on [begin, end) as the thread `worker`, from 0 on.
+// Works on [begin, end) in the thread `worker`, counted from 0.
 using Task = void (*)(const void *context, int32_t worker, int64_t begin, int64_t end);
 
-// Calls `task` for pieces of [0, count), `piece` long, on at most `threads` threads, the caller one
-// of them. If other work holds the threads, or none can be started, the caller does it all.
+// Calls `task` for pieces of [0, count), `piece` long, on at most `threads` threads, including the
+// caller's. If other work holds the threads, or none can be started, the caller does all of it.
 void parallel_for(int64_t count, int64_t piece, int32_t threads, Task task, const void *context);
 
 }  // namespace omniquant

@@ -10,7 +10,7 @@ using namespace omniquant;
 
 namespace {
 
-// First index of a value that stands in the row.
+// First index of a value that the row contains.
 OMNIQUANT_INLINE int32_t first_of(const float *__restrict x, int32_t columns, float value) {
     int32_t first = columns;
 #pragma omp simd reduction(min : first)

@@ -54,15 +54,15 @@ __global__ void forward_kernel(const T *x, T *out, int64_t rows, int64_t columns
     if (row >= rows) {
         return;
     }
-    const int64_t start = row * columns;
-    const Range range = grid_range(row_range<kVector, kThreads>(x + start, columns), symmetric);
+    const int64_t begin = row * columns;
+    const Range range = grid_range(row_range<kVector, kThreads>(x + begin, columns), symmetric);
     const Grid grid = dynamic_grid(range, bits, symmetric);
     for_packs<kVector, kThreads>(columns, [&](int64_t i) {
-        auto pack = packs<kVector>(x + start)[i];
+        auto pack = packs<kVector>(x + begin)[i];
         for (T &element : pack.values) {
             element = narrow<T>(fake_quantize(widen(element), grid));
         }
-        packs<kVector>(out + start)[i] = pack;
+        packs<kVector>(out + begin)[i] = pack;
     });
 }
 
@@ -73,14 +73,14 @@ __global__ void backward_kernel(const T *grad, const T *x, T *grad_x, int64_t ro
     if (row >= rows) {
         return;
     }
-    const int64_t start = row * columns;
-    const Range range = grid_range(row_range<kVector, kThreads>(x + start, columns), symmetric);
+    const int64_t begin = row * columns;
+    const Range range = grid_range(row_range<kVector, kThreads>(x + begin, columns), symmetric);
     const Grid grid = dynamic_grid(range, bits, symmetric);
-    const RowSums sums = row_sums<kVector, kThreads>(grad + start, x + start, columns, range, grid);
+    const RowSums sums = row_sums<kVector, kThreads>(grad + begin, x + begin, columns, range, grid);
     const Range gradients = end_gradients(sums, range, grid, symmetric);
     for_packs<kVector, kThreads>(columns, [&](int64_t i) {
-        const auto values = packs<kVector>(x + start)[i];
-        auto grads = packs<kVector>(grad + start)[i];
+        const auto values = packs<kVector>(x + begin)[i];
+        auto grads = packs<kVector>(grad + begin)[i];
         for (int k = 0; k < kVector; ++k) {
             const float value = widen(values.values[k]);
             const float code = rounded_code(value / grid.scale, grid);
@@ -88,27 +88,27 @@ __global__ void backward_kernel(const T *grad, const T *x, T *grad_x, int64_t ro
             const float passed = inside ? widen(grads.values[k]) : 0.0f;
             grads.values[k] = narrow<T>(passed + end_share(value, range, gradients));
         }
-        packs<kVector>(grad_x + start)[i] = grads;
+        packs<kVector>(grad_x + begin)[i] = grads;
     });
 }
 
 template <typename T>
 int32_t forward(const T *x, T *out, int64_t rows, int64_t columns, int32_t bits, bool symmetric,
-                cudaStream_t queue) {
+                cudaStream_t stream) {
     const bool is_aligned = aligned(x, out);
     return dispatch<T>(rows, columns, is_aligned, [&](auto vector, auto threads, auto blocks) {
         forward_kernel<vector(), threads()>
-            <<<blocks, kBlock, 0, queue>>>(x, out, rows, columns, bits, symmetric);
+            <<<blocks, kBlockThreads, 0, stream>>>(x, out, rows, columns, bits, symmetric);
     });
 }
 
 template <typename T>
 int32_t backward(const T *grad, const T *x, T *grad_x, int64_t rows, int64_t columns, int32_t bits,
-                 bool symmetric, cudaStream_t queue) {
+                 bool symmetric, cudaStream_t stream) {
     const bool is_aligned = aligned(grad, x, grad_x);
     return dispatch<T>(rows, columns, is_aligned, [&](auto vector, auto threads, auto blocks) {
         backward_kernel<vector(), threads()>
-            <<<blocks, kBlock, 0, queue>>>(grad, x, grad_x, rows, columns, bits, symmetric);
+            <<<blocks, kBlockThreads, 0, stream>>>(grad, x, grad_x, rows, columns, bits, symmetric);
     });
 }
 

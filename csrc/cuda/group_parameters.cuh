@@ -1,4 +1,4 @@
-// Scales and zero points of a group of input channels.
+// Scales and zero points of a group of columns.
 #ifndef OMNIQUANT_GROUP_PARAMETERS_CUH
 #define OMNIQUANT_GROUP_PARAMETERS_CUH
 
@@ -18,35 +18,35 @@ struct PackedGroups {
     const void *scale;
     const uint8_t *zero_point;
     int groups;
-    int type;
+    int dtype;
 
     __device__ __forceinline__ PackedGroups from_row(int row) const {
-        const int64_t start = int64_t{row} * groups;
-        const int bytes = type == OMNIQUANT_FLOAT32 ? 4 : 2;
-        return {static_cast<const char *>(scale) + start * bytes,
-                zero_point == nullptr ? nullptr : zero_point + start, groups, type};
+        const int64_t begin = int64_t{row} * groups;
+        const int bytes = dtype == OMNIQUANT_FLOAT32 ? 4 : 2;
+        return {static_cast<const char *>(scale) + begin * bytes,
+                zero_point == nullptr ? nullptr : zero_point + begin, groups, dtype};
     }
 };
 
-// Those of kLaneRows of the lane's rows. They stay as they are stored until they are needed, so
-// that nothing waits for them.
+// The scales and zero points of kLaneRows of the lane's rows. They are converted only when they are
+// needed, so that nothing waits for the loads.
 template <int kLaneRows>
 class GroupParameters {
   public:
-    // all: from the block's first row on, of which `rows` exist; first: the lane's first row; the
-    // others follow each half a tile.
+    // all: from the block's first row on, of which `rows` exist; first: the lane's first row. Its
+    // other rows follow at half a tile each.
     __device__ __forceinline__ GroupParameters(const PackedGroups &all, int rows, int first)
-        : all_{kept(all.scale), kept(all.zero_point), all.groups, all.type} {
+        : all_{kept(all.scale), kept(all.zero_point), all.groups, all.dtype} {
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
             rows_[i] = kept(min(first + i * (kTileRows / 2), rows - 1) * all.groups);
         }
     }
 
-    // Behind the last group is the last once more.
+    // The last group stands for those behind it.
     __device__ __forceinline__ void load(int group) {
         group = min(group, all_.groups - 1);
-        if (all_.type == OMNIQUANT_FLOAT32) {
+        if (all_.dtype == OMNIQUANT_FLOAT32) {
             load(scale_, static_cast<const uint32_t *>(all_.scale), group);
         } else {
             load(scale_, static_cast<const uint16_t *>(all_.scale), group);
@@ -56,7 +56,7 @@ class GroupParameters {
         }
     }
 
-    // Without zero points, that of symmetric codes.
+    // Without zero points, the zero point of symmetric codes, 2^(bits - 1).
     __device__ __forceinline__ void numbers(int bits, float (&scale)[kLaneRows],
                                             float (&zero_point)[kLaneRows]) const {
         convert(scale);
@@ -77,16 +77,16 @@ class GroupParameters {
     }
 
     __device__ __forceinline__ void convert(float (&scale)[kLaneRows]) const {
-        if (all_.type == OMNIQUANT_FLOAT16) {
+        if (all_.dtype == OMNIQUANT_FLOAT16) {
 #pragma unroll
             for (int i = 0; i < kLaneRows; ++i) {
                 scale[i] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_[i])));
             }
         } else {
-            const int shift = all_.type == OMNIQUANT_BFLOAT16 ? 16 : 0;
+            const int shift = all_.dtype == OMNIQUANT_BFLOAT16 ? 16 : 0;
 #pragma unroll
             for (int i = 0; i < kLaneRows; ++i) {
-                scale[i] = float_of(scale_[i] << shift);
+                scale[i] = float_of_bits(scale_[i] << shift);
             }
         }
     }

@@ -8,9 +8,9 @@
 
 namespace omniquant {
 
-// The value of each lane, as an exchange of the warp with itself. What can be computed from the
-// thread's number or is a constant, the compiler computes anew for each use, inside of loops too;
-// an exchange it cannot repeat.
+// Returns the value of each lane, as an exchange of the warp with itself. The compiler recomputes
+// constants and what follows from the thread's number at each use, inside of loops too; it cannot
+// repeat an exchange.
 __device__ __forceinline__ uint32_t kept(uint32_t value) {
     return __shfl_sync(0xffffffffu, value, threadIdx.x % 32);
 }

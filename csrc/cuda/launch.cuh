@@ -8,7 +8,7 @@
 
 namespace omniquant {
 
-// Result: a cudaError_t, also where the kernel cannot have so much shared memory.
+// Returns a cudaError_t; an error also where the kernel cannot have so much shared memory.
 template <typename Argument>
 int32_t launch(void (*kernel)(Argument), dim3 grid, unsigned threads, int shared_bytes,
                void *stream, const Argument &argument) {

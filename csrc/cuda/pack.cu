@@ -1,4 +1,4 @@
-// Codes into words and back on the device: a row to a block, a word or four codes to a thread.
+// Packs and unpacks codes on the device: a block takes a row, a thread a word or four codes.
 #include <cstdint>
 
 #include "launch.cuh"
@@ -8,7 +8,7 @@
 namespace omniquant {
 namespace {
 
-constexpr unsigned kThreads = 256;
+constexpr unsigned kBlockThreads = 256;
 constexpr uint32_t kRun = 4;  // codes a thread unpacks: one 32-bit store where they are aligned
 
 struct Rows {
@@ -100,7 +100,7 @@ int32_t run(uint8_t *codes, uint32_t *words, int64_t rows, int64_t columns, int6
     }
     const Rows matrix = {codes, words, static_cast<uint32_t>(columns),
                          static_cast<uint32_t>(words_per_row)};
-    return launch(kernel, dim3(static_cast<unsigned>(rows)), kThreads, 0, stream, matrix);
+    return launch(kernel, dim3(static_cast<unsigned>(rows)), kBlockThreads, 0, stream, matrix);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Chooses the kernel of a product with a packed weight; packed_linear.cuh says how it works.
+// Chooses the kernel of a product with a packed weight; packed_linear.cuh explains how it works.
 #include "packed_linear.cuh"
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 namespace omniquant {
 namespace {
 
-constexpr int32_t kRefused = cudaErrorInvalidValue;
+constexpr int32_t kInvalidValue = cudaErrorInvalidValue;
 
 struct Device {
     int processors;
@@ -42,7 +42,7 @@ Kernel kernel_of(const PackedPlan &plan) {
             return plan.halves ? packed_linear_kernel<kBits, T, 1, true, true>
                                : packed_linear_kernel<kBits, T, 1, true, false>;
         }
-        if (plan.column_tiles == 2) {
+        if (plan.token_tiles == 2) {
             return packed_linear_kernel<kBits, T, 2, false, false>;
         }
     }
@@ -58,18 +58,18 @@ int32_t run(PackedLinear p, int64_t group_size, void *stream) {
         return static_cast<int32_t>(error);
     }
     const PackedPlan plan =
-        packed_plan(kBits, p.n, p.rows, p.columns, group_size, Activations<T>::kWide,
+        packed_plan(kBits, p.tokens, p.rows, p.columns, group_size, Activations<T>::kWide,
                     device.processors, device.shared_bytes);
     p.steps_per_group = steps_per_group(p.columns, group_size, plan.halves);
-    const dim3 grid(ceil_divide(p.n, kTileColumns * plan.column_tiles),
+    const dim3 grid(ceil_divide(p.tokens, kTileTokens * plan.token_tiles),
                     ceil_divide(p.rows, kBlockRows));
     return launch(kernel_of<kBits, T>(plan), grid, static_cast<unsigned>(plan.warps * kWarp),
                   plan.shared_bytes, stream, p);
 }
 
 template <int kBits>
-int32_t run(const PackedLinear &p, int64_t group_size, int32_t type, void *stream) {
-    switch (type) {
+int32_t run(const PackedLinear &p, int64_t group_size, int32_t dtype, void *stream) {
+    switch (dtype) {
         case OMNIQUANT_FLOAT32:
             return run<kBits, float>(p, group_size, stream);
         case OMNIQUANT_FLOAT16:
@@ -77,31 +77,31 @@ int32_t run(const PackedLinear &p, int64_t group_size, int32_t type, void *strea
         case OMNIQUANT_BFLOAT16:
             return run<kBits, __nv_bfloat16>(p, group_size, stream);
         default:
-            return kRefused;
+            return kInvalidValue;
     }
 }
 
-int32_t run(const PackedLinear &p, int64_t group_size, int32_t bits, int32_t type, void *stream) {
+int32_t run(const PackedLinear &p, int64_t group_size, int32_t bits, int32_t dtype, void *stream) {
     switch (bits) {
         case 2:
-            return run<2>(p, group_size, type, stream);
+            return run<2>(p, group_size, dtype, stream);
         case 3:
-            return run<3>(p, group_size, type, stream);
+            return run<3>(p, group_size, dtype, stream);
         case 4:
-            return run<4>(p, group_size, type, stream);
+            return run<4>(p, group_size, dtype, stream);
         case 8:
-            return run<8>(p, group_size, type, stream);
+            return run<8>(p, group_size, dtype, stream);
         default:
-            return kRefused;
+            return kInvalidValue;
     }
 }
 
-bool fits(int64_t n, int64_t columns, int64_t rows, int64_t group_size) {
+bool is_supported(int64_t tokens, int64_t columns, int64_t rows, int64_t group_size) {
     constexpr int64_t kMaxColumns = int64_t{1} << 24;  // places in a block are counted in 32 bits
     constexpr int64_t kMaxRows = int64_t{65535} * kBlockRows;
-    constexpr int64_t kMaxActivations = INT32_MAX / 2;
-    return n <= kMaxActivations && columns > 0 && columns <= kMaxColumns && rows <= kMaxRows &&
-           group_size > 0 && (group_size >= columns || group_size % (kUnit / 2) == 0);
+    constexpr int64_t kMaxTokens = INT32_MAX / 2;
+    return tokens <= kMaxTokens && columns > 0 && columns <= kMaxColumns && rows <= kMaxRows &&
+           group_size > 0 && (group_size >= columns || group_size % (kSpan / 2) == 0);
 }
 
 }  // namespace
@@ -110,21 +110,21 @@ bool fits(int64_t n, int64_t columns, int64_t rows, int64_t group_size) {
 using namespace omniquant;
 
 int32_t omniquant_cuda_packed_linear(const void *x, const uint32_t *words, const void *scale,
-                                     const uint8_t *zero_point, void *out, int64_t n,
+                                     const uint8_t *zero_point, void *out, int64_t tokens,
                                      int64_t columns, int64_t rows, int64_t group_size,
                                      int32_t bits, int32_t dtype, int32_t scale_dtype,
                                      void *stream) {
-    if (!fits(n, columns, rows, group_size)) {
-        return kRefused;
+    if (!is_supported(tokens, columns, rows, group_size)) {
+        return kInvalidValue;
     }
-    if (n == 0 || rows == 0) {
+    if (tokens == 0 || rows == 0) {
         return 0;
     }
     PackedLinear p = {};
     p.x = x;
     p.words = words;
     p.out = out;
-    p.n = static_cast<int>(n);
+    p.tokens = static_cast<int>(tokens);
     p.columns = static_cast<int>(columns);
     p.rows = static_cast<int>(rows);
     p.groups = {scale, zero_point, static_cast<int>(ceil_divide(columns, group_size)), scale_dtype};

@@ -1,16 +1,15 @@
-// The product of a few rows of activations with a packed weight, bound by the reading of the
-// weight.
+// The product of a few tokens with a packed weight. Reading the weight limits its speed.
 //
-// A block takes 32 output channels. Its warps take different columns of them, 64 bytes of each row
-// at a time, and add their sums up at the end, in a fixed order. The weight is read once, through
-// asynchronous copies in 16-byte pieces into a ring of each warp's own (weight_ring.cuh); x comes
-// from the caches, a step ahead of its use (packed_x.cuh). A step is 64 columns.
+// A block takes 32 rows of the weight. Its warps take different columns, 64 bytes of each row at a
+// time, and add up their sums at the end, in a fixed order. The weight is read once, by
+// asynchronous copies of 16 bytes into a ring of each warp's own (weight_ring.cuh); x comes from
+// the caches, a step ahead of its use (packed_x.cuh). A step is a span of 64 columns.
 //
-// The multiplying is the matrix units' work: 8 activations cost what one costs, and codes enter as
-// they are, as small integers in 16-bit floats that a mask and a constant make of their bits
-// (fragments.h). That leaves about one integer instruction a weight, which is what a 2-bit weight
-// has time for. Products of codes with 16-bit activations are exact, sums are float32; float32
-// activations go in as three bfloat16 parts.
+// The matrix units multiply: 8 tokens cost what one costs, and codes enter as they are, as small
+// integers in 16-bit floats that a mask and a constant make of their bits (fragments.h). That
+// leaves about one integer instruction for each element of the weight, which is what 2 bit has time
+// for. Products of codes with 16-bit activations are exact, sums are float32; float32 activations
+// enter as three bfloat16 parts.
 //
 // Scales and zero points wait until a group's sum is done:
 //     y += scale * (sum (code + offset) x - sum offset x - zero_point * sum x)
@@ -35,11 +34,11 @@
 namespace omniquant {
 
 struct PackedLinear {
-    const void *x;          // [n, columns]
+    const void *x;          // [tokens, columns]
     const uint32_t *words;  // [rows, words_per_row]
     PackedGroups groups;
-    void *out;  // [n, rows]
-    int n;
+    void *out;  // [tokens, rows]
+    int tokens;
     int columns;
     int rows;
     int words_per_row;
@@ -49,38 +48,38 @@ struct PackedLinear {
 };
 
 // Adds up what the warps left in shared memory.
-template <typename T, int kColumns>
+template <typename T, int kTokens>
 __device__ void write_sums(const float *sums, int warps, const PackedLinear &p, int first_row,
-                           int first_column) {
-    const int columns = p.n - first_column < kColumns ? p.n - first_column : kColumns;
-    for (int i = threadIdx.x; i < kBlockRows * columns; i += blockDim.x) {
+                           int first_token) {
+    const int tokens = p.tokens - first_token < kTokens ? p.tokens - first_token : kTokens;
+    for (int i = threadIdx.x; i < kBlockRows * tokens; i += blockDim.x) {
         float total = 0.0f;
         for (int warp = 0; warp < warps; ++warp) {
-            total += sums[warp * kBlockRows * kColumns + i];
+            total += sums[warp * kBlockRows * kTokens + i];
         }
         const int row = first_row + i % kBlockRows;
         if (row < p.rows) {
-            const int64_t column = first_column + i / kBlockRows;
-            static_cast<T *>(p.out)[column * p.rows + row] = narrow<T>(total);
+            const int64_t token = first_token + i / kBlockRows;
+            static_cast<T *>(p.out)[token * p.rows + row] = narrow<T>(total);
         }
     }
 }
 
 extern __shared__ uint4 packed_shared[];
 
-// kHalves: a step is half of a unit, for groups that may end inside of one.
-template <int kBits, typename T, int kColumnTiles, bool kIsVector, bool kHalves>
+// kHalves: a step is half of a span, since a group may end inside of a span.
+template <int kBits, typename T, int kTokenTiles, bool kIsVector, bool kHalves>
 __global__ void __launch_bounds__(kMaxThreads) packed_linear_kernel(const PackedLinear p) {
-    constexpr int kColumns = kIsVector ? 1 : kColumnTiles * kTileColumns;
+    constexpr int kTokens = kIsVector ? 1 : kTokenTiles * kTileTokens;
     using Ring = WeightRing<kBits>;
-    using Sums = WarpSums<kBits, T, kColumnTiles, kIsVector>;
+    using Sums = WarpSums<kBits, T, kTokenTiles, kIsVector>;
     using Decoder = typename Sums::Decoder;
     using X = std::conditional_t<kIsVector, VectorX<T, Decoder, kHalves>,
-                                 RowsOfX<T, Decoder, kColumnTiles, kHalves>>;
+                                 MatrixX<T, Decoder, kTokenTiles, kHalves>>;
     const int lane = threadIdx.x % kWarp;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);  // known to be uniform
     const int warps = blockDim.x / kWarp;
-    const int first_column = blockIdx.x * kColumns;
+    const int first_token = blockIdx.x * kTokens;
     const int first_row = blockIdx.y * kBlockRows;
     const int rows = min(p.rows - first_row, kBlockRows);
 
@@ -92,9 +91,9 @@ __global__ void __launch_bounds__(kMaxThreads) packed_linear_kernel(const Packed
     for (int stage = 0; stage < kStages - 1; ++stage) {
         ring.fetch(warp + stage * warps, stage);
     }
-    constexpr int kChunkSteps = units_per_chunk(kBits) * (kHalves ? 2 : 1);
-    const int chunks = ceil_divide(p.columns, units_per_chunk(kBits) * kUnit);
-    X x(static_cast<const T *>(p.x), first_column, p.n, p.columns, kChunkSteps, p.x_is_aligned,
+    constexpr int kChunkSteps = spans_per_chunk(kBits) * (kHalves ? 2 : 1);
+    const int chunks = ceil_divide(p.columns, spans_per_chunk(kBits) * kSpan);
+    X x(static_cast<const T *>(p.x), first_token, p.tokens, p.columns, kChunkSteps, p.x_is_aligned,
         shared + Ring::kWarpWords, lane);
     x.prepare(warp * kChunkSteps);
     Sums sums(lane);
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads) packed_linear_kernel(const Packed
 #pragma unroll(kIsVector ? kChunkSteps : 1)
         for (int step = 0; step < kChunkSteps; ++step) {
             const bool is_last = step + 1 == kChunkSteps;
-            LaneOperands<T> operands[kColumnTiles];
+            LaneOperands<T> operands[kTokenTiles];
             x.take(step, is_last ? next_first : first + step + 1, operands);
             if (cursor.step == 0 || step == 0) {
                 group.load(cursor.group);
@@ -133,9 +132,9 @@ __global__ void __launch_bounds__(kMaxThreads) packed_linear_kernel(const Packed
     wait_for_copies<0>();
     __syncthreads();  // the rings are free
     auto *partial = reinterpret_cast<float *>(packed_shared);
-    sums.store(partial + warp * kBlockRows * kColumns);
+    sums.store(partial + warp * kBlockRows * kTokens);
     __syncthreads();
-    write_sums<T, kColumns>(partial, warps, p, first_row, first_column);
+    write_sums<T, kTokens>(partial, warps, p, first_row, first_token);
 }
 
 }  // namespace omniquant

@@ -1,4 +1,4 @@
-// How a warp comes to its activations, a step ahead of their use.
+// A warp reads its activations a step ahead of their use.
 #ifndef OMNIQUANT_PACKED_X_CUH
 #define OMNIQUANT_PACKED_X_CUH
 
@@ -12,33 +12,33 @@
 
 namespace omniquant {
 
-// Where a lane's columns of a step begin, and how many of them take part and exist. Of a step that
-// is half of a unit, half of the lanes take part.
+// Where a lane's columns of a step begin, and how many of them take part and exist. In a step that
+// is half of a span, half of the lanes take part.
 template <bool kHalves>
 struct LaneColumns {
     int begin;
     int count;
 
     __device__ __forceinline__ LaneColumns(int step, int quarter, int columns) {
-        begin = (kHalves ? step / 2 : step) * kUnit + quarter * kLaneCodes;
+        begin = (kHalves ? step / 2 : step) * kSpan + quarter * kLaneCodes;
         count = kHalves && step % 2 != quarter / 2 ? 0 : columns - begin;
     }
 };
 
-// Several rows: each lane reads the columns that it needs. Rows behind the last are the last once
-// more; their sums are not used.
-template <typename T, typename Codes, int kColumnTiles, bool kHalves>
-class RowsOfX {
+// Several tokens: each lane reads the columns that it needs. The last token stands for those that a
+// tile lacks; their sums are not used.
+template <typename T, typename Codes, int kTokenTiles, bool kHalves>
+class MatrixX {
   public:
     static constexpr int kSharedWords = 0;
 
-    __device__ __forceinline__ RowsOfX(const T *x, int first_row, int rows, int columns, int,
+    __device__ __forceinline__ MatrixX(const T *x, int first_token, int tokens, int columns, int,
                                        bool is_aligned, uint32_t *, int lane)
         : quarter_(lane % kQuad), columns_(columns), is_aligned_(is_aligned) {
 #pragma unroll
-        for (int tile = 0; tile < kColumnTiles; ++tile) {
-            const int row = min(first_row + tile * kTileColumns + lane / kQuad, rows - 1);
-            rows_[tile] = kept(x + int64_t{row} * columns);
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+            const int token = min(first_token + tile * kTileTokens + lane / kQuad, tokens - 1);
+            tokens_[tile] = kept(x + int64_t{token} * columns);
         }
     }
 
@@ -48,9 +48,9 @@ class RowsOfX {
     __device__ __forceinline__ void begin_chunk(int) {}
 
     // `index` of the chunk's steps; next: the step behind it, of all steps.
-    __device__ __forceinline__ void take(int, int next, LaneOperands<T> (&operands)[kColumnTiles]) {
+    __device__ __forceinline__ void take(int, int next, LaneOperands<T> (&operands)[kTokenTiles]) {
 #pragma unroll
-        for (int tile = 0; tile < kColumnTiles; ++tile) {
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
             operands[tile] = elements_[tile].template operands<Codes>();
         }
         load(next);
@@ -61,20 +61,20 @@ class RowsOfX {
     __device__ __forceinline__ void load(int step) {
         const LaneColumns<kHalves> place(step, quarter_, columns_);
 #pragma unroll
-        for (int tile = 0; tile < kColumnTiles; ++tile) {
-            elements_[tile].load(rows_[tile] + place.begin, place.count, is_aligned_);
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+            elements_[tile].load(tokens_[tile] + place.begin, place.count, is_aligned_);
         }
     }
 
-    const T *rows_[kColumnTiles];
+    const T *tokens_[kTokenTiles];
     int quarter_;
     int columns_;
     bool is_aligned_;
-    LaneElements<T> elements_[kColumnTiles];
+    LaneElements<T> elements_[kTokenTiles];
 };
 
-// One row of 16-bit elements: all quads of lanes need the same, so they share the work. Each reads
-// one of the next chunk's steps; they show each other the operands in shared memory.
+// One token of 16-bit elements: all quads of lanes need the same operands, so they share the work.
+// Each quad reads one of the next chunk's steps and shows the others its operands in shared memory.
 template <typename T, typename Codes, bool kHalves>
 class VectorX {
     static_assert(kMaxChunkSteps == 32 / kQuad, "each quad of a warp reads one");

@@ -23,11 +23,12 @@ __device__ __forceinline__ int exchanged(int row, int piece) {
     return piece ^ (kIsWhole ? row / 2 % 2 * 2 + row / 4 % 2 : row / 4 % 2);
 }
 
-// A copy instruction of the warp asks for a piece a lane: of neighbouring pieces of kCopyRows rows.
+// With a copy instruction, each lane fetches a piece; together they fetch neighbouring pieces of
+// kCopyRows rows.
 template <int kWords>
 class PlaneCopies {
   public:
-    // plane: of the first row, of which `rows` exist and hold `plane_words`.
+    // plane: of the first row. `rows` rows exist; the plane has plane_words words of each.
     __device__ __forceinline__ PlaneCopies(const uint32_t *plane, int plane_words,
                                            int words_per_row, int rows, int lane)
         : plane_(kept(plane)),
@@ -42,7 +43,7 @@ class PlaneCopies {
         }
     }
 
-    // Zeros where the chunk lies behind the row. slot: this plane's part of it.
+    // Copies zeros where the chunk lies behind the row. slot: this plane's part of the slot.
     __device__ __forceinline__ void start(int chunk, uint32_t *slot, bool is_aligned) const {
         const int word = chunk * kWords + first_word_;
         uint32_t *to = slot + to_;

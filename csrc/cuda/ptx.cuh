@@ -1,4 +1,4 @@
-// The instructions that have no name in CUDA C++: a warp's matrix product, asynchronous copies.
+// Instructions that CUDA C++ has no function for: a warp's matrix product, asynchronous copies.
 #ifndef OMNIQUANT_PTX_CUH
 #define OMNIQUANT_PTX_CUH
 

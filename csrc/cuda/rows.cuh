@@ -1,4 +1,4 @@
-// Rows of a matrix shared out to teams of threads: 16-byte accesses and reductions.
+// Shares out the rows of a matrix to teams of threads: 16-byte accesses and reductions.
 #ifndef OMNIQUANT_ROWS_CUH
 #define OMNIQUANT_ROWS_CUH
 
@@ -9,10 +9,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ceil_divide.h"
+
 namespace omniquant {
 
 constexpr int kWarp = 32;
-constexpr int kBlock = 256;
+constexpr int kBlockThreads = 256;
 constexpr int kAccess = 16;  // bytes a thread moves at once
 
 __device__ inline float widen(float value) {
@@ -49,10 +51,10 @@ __device__ inline float maximum(float a, float b) {
     return a > b || a != a ? a : b;
 }
 
-// A row's threads: one warp, eight rows a block; or a whole block.
+// The threads of a row: one warp, so that a block takes eight rows, or a whole block.
 template <int kThreads>
 struct Team {
-    static constexpr int kRows = kBlock / kThreads;
+    static constexpr int kRows = kBlockThreads / kThreads;
 
     __device__ static int64_t row() {
         return static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads;
@@ -127,15 +129,16 @@ int32_t dispatch(int64_t rows, int64_t columns, bool is_aligned, Launch launch) 
         constexpr int kVector = decltype(vector)::value;
         if (columns <= static_cast<int64_t>(kVector) * kWarp * 8) {
             constexpr int kRows = Team<kWarp>::kRows;
-            const auto blocks = static_cast<unsigned>((rows + kRows - 1) / kRows);
+            const auto blocks = static_cast<unsigned>(ceil_divide<int64_t>(rows, kRows));
             launch(vector, std::integral_constant<int, kWarp>{}, blocks);
         } else {
-            launch(vector, std::integral_constant<int, kBlock>{}, static_cast<unsigned>(rows));
+            launch(vector, std::integral_constant<int, kBlockThreads>{},
+                   static_cast<unsigned>(rows));
         }
     };
-    constexpr int kWide = kAccess / static_cast<int>(sizeof(T));
-    if (is_aligned && columns % kWide == 0) {
-        by_team(std::integral_constant<int, kWide>{});
+    constexpr int kWidest = kAccess / static_cast<int>(sizeof(T));
+    if (is_aligned && columns % kWidest == 0) {
+        by_team(std::integral_constant<int, kWidest>{});
     } else {
         by_team(std::integral_constant<int, 1>{});
     }

@@ -1,4 +1,4 @@
-// What a warp adds up: the rows of a block times a tile or two of activations.
+// The sums of a warp: the rows of a block times a tile or two of tokens.
 #ifndef OMNIQUANT_WARP_SUMS_CUH
 #define OMNIQUANT_WARP_SUMS_CUH
 
@@ -14,16 +14,16 @@
 
 namespace omniquant {
 
-// In the registers of the matrix instruction: a lane has rows lane / 4 and 8 more of each tile of
-// rows, and two columns of each tile of activations. Of a vector all columns are the same: there
-// the lanes of a row share the totals of its four rows.
-template <int kBits, typename T, int kColumnTiles, bool kIsVector>
+// They stand in the registers of the matrix instruction: a lane has the rows lane / 4 and lane / 4
+// + 8 of each tile of rows, and two tokens of each tile of tokens. For a vector, all tokens of a
+// tile are the same, so the four lanes of a quad share the totals of their four rows.
+template <int kBits, typename T, int kTokenTiles, bool kIsVector>
 class WarpSums {
     using X = Activations<T>;
     using Format = typename X::Format;
     static constexpr int kTileLaneRows = 2 * kRowTiles;
     static constexpr int kLaneRows = kIsVector ? 1 : kTileLaneRows;
-    static constexpr int kLaneColumns = kIsVector ? 1 : 2;
+    static constexpr int kLaneTokens = kIsVector ? 1 : 2;
 
   public:
     using Decoder = Codes<kBits, Format, X::kWide>;
@@ -32,24 +32,24 @@ class WarpSums {
     __device__ __forceinline__ explicit WarpSums(int lane)
         : row_(lane / kQuad), quarter_(kept(lane % kQuad)) {}
 
-    // The first of the rows whose totals the lane has; the others follow each half a tile.
+    // The first of the rows whose totals the lane has; the others follow at half a tile each.
     __device__ __forceinline__ int first_row() const {
         return row_ + (kIsVector ? quarter_ * (kTileRows / 2) : 0);
     }
 
     template <typename Ring>
-    __device__ __forceinline__ void multiply(const Ring &ring, int slot, int unit,
-                                             const LaneOperands<T> (&x)[kColumnTiles]) {
+    __device__ __forceinline__ void multiply(const Ring &ring, int slot, int span,
+                                             const LaneOperands<T> (&x)[kTokenTiles]) {
         Decoder codes[kTileLaneRows];
 #pragma unroll
         for (int i = 0; i < kTileLaneRows; ++i) {
             uint32_t words[Decoder::kWords];
-            ring.read(slot, i * (kTileRows / 2), unit, words);
-            codes[i] = Decoder(words, ring.read_upper(slot, i * (kTileRows / 2), unit));
+            ring.read(slot, i * (kTileRows / 2), span, words);
+            codes[i] = Decoder(words, ring.read_upper(slot, i * (kTileRows / 2), span));
         }
 #pragma unroll
         for (int j = 0; j < kLanePairs; j += 2) {
-            multiply_columns(of_x_, constants_, x, j);
+            multiply_tokens(of_x_, constants_, x, j);
 #pragma unroll
             for (int tile = 0; tile < kRowTiles; ++tile) {
                 const Decoder &upper = codes[2 * tile];
@@ -58,7 +58,7 @@ class WarpSums {
                 for (int part = 0; part < Decoder::kTiles; ++part) {
                     const uint32_t a[4] = {upper.operand(part, j), lower.operand(part, j),
                                            upper.operand(part, j + 1), lower.operand(part, j + 1)};
-                    multiply_columns(of_codes_[tile], a, x, j);
+                    multiply_tokens(of_codes_[tile], a, x, j);
                 }
             }
         }
@@ -70,9 +70,9 @@ class WarpSums {
         float zero_point[kLaneRows];
         group.numbers(kBits, scale, zero_point);
 #pragma unroll
-        for (int tile = 0; tile < kColumnTiles; ++tile) {
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
-            for (int k = 0; k < kLaneColumns; ++k) {
+            for (int k = 0; k < kLaneTokens; ++k) {
                 const float offsets = of_x_[tile][k];
                 const float ones = of_x_[tile][2 + k];
 #pragma unroll
@@ -90,17 +90,17 @@ class WarpSums {
         }
     }
 
-    // The totals as a matrix [activations, rows].
+    // The totals as a matrix [tokens, rows].
     __device__ __forceinline__ void store(float *to) const {
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
 #pragma unroll
-            for (int tile = 0; tile < kColumnTiles; ++tile) {
+            for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
-                for (int k = 0; k < kLaneColumns; ++k) {
+                for (int k = 0; k < kLaneTokens; ++k) {
                     const int row = first_row() + i * (kTileRows / 2);
-                    const int column = kIsVector ? 0 : tile * kTileColumns + quarter_ * 2 + k;
-                    to[column * kBlockRows + row] = totals_[i][tile][k];
+                    const int token = kIsVector ? 0 : tile * kTileTokens + quarter_ * 2 + k;
+                    to[token * kBlockRows + row] = totals_[i][tile][k];
                 }
             }
         }
@@ -108,13 +108,14 @@ class WarpSums {
 
   private:
     // The smallest part of x first.
-    __device__ __forceinline__ static void multiply_columns(
-        float (&sums)[kColumnTiles][4], const uint32_t (&a)[4],
-        const LaneOperands<T> (&x)[kColumnTiles], int j) {
+    __device__ __forceinline__ static void multiply_tokens(float (&sums)[kTokenTiles][4],
+                                                           const uint32_t (&a)[4],
+                                                           const LaneOperands<T> (&x)[kTokenTiles],
+                                                           int j) {
 #pragma unroll
         for (int part = X::kParts - 1; part >= 0; --part) {
 #pragma unroll
-            for (int tile = 0; tile < kColumnTiles; ++tile) {
+            for (int tile = 0; tile < kTokenTiles; ++tile) {
                 const uint32_t b[2] = {x[tile].pairs[part][j], x[tile].pairs[part][j + 1]};
                 multiply_add<Format>(sums[tile], a, b);
             }
@@ -136,9 +137,9 @@ class WarpSums {
         }
     }
 
-    __device__ __forceinline__ static void clear(float (&sums)[kColumnTiles][4]) {
+    __device__ __forceinline__ static void clear(float (&sums)[kTokenTiles][4]) {
 #pragma unroll
-        for (int tile = 0; tile < kColumnTiles; ++tile) {
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 sums[tile][k] = 0.0f;
@@ -151,9 +152,9 @@ class WarpSums {
     // Offsets for the upper rows, ones for the lower.
     uint32_t constants_[4] = {kept(Decoder::offset(0)), kept(powers_of_two<Format>(0)),
                               kept(Decoder::offset(1)), kept(powers_of_two<Format>(0))};
-    float of_codes_[kRowTiles][kColumnTiles][4] = {};
-    float of_x_[kColumnTiles][4] = {};  // offsets in the first two, ones in the others
-    float totals_[kLaneRows][kColumnTiles][kLaneColumns] = {};
+    float of_codes_[kRowTiles][kTokenTiles][4] = {};
+    float of_x_[kTokenTiles][4] = {};  // offsets in the first two, ones in the others
+    float totals_[kLaneRows][kTokenTiles][kLaneTokens] = {};
 };
 
 }  // namespace omniquant

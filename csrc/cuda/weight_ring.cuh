@@ -1,9 +1,9 @@
 // A warp's window on the packed weight: chunks of its rows, kStages of them in flight from device
 // memory to shared memory. The warp fills and reads its own ring, so no warp waits for another.
 //
-// Per copy instruction a warp asks for 64 bytes of each of 8 rows (of the upper plane of 3 bit, for
-// 32 bytes of 16 rows); the warps of a block take neighbouring chunks, so that together they read
-// each row contiguously.
+// With each copy instruction, a warp fetches 64 bytes of each of 8 rows, or 32 bytes of each of 16
+// rows of the upper plane of 3 bit. The warps of a block take neighbouring chunks, so that together
+// they read each row contiguously.
 #ifndef OMNIQUANT_WEIGHT_RING_CUH
 #define OMNIQUANT_WEIGHT_RING_CUH
 
@@ -50,12 +50,12 @@ class WeightRing {
         commit_copies();
     }
 
-    // The lane's codes of a unit, in row lane / 4 behind the row `first` of the block. A unit's
-    // pieces differ from the first unit's in bits that those do not use.
-    __device__ __forceinline__ void read(int slot, int first, int unit,
+    // The lane's codes of a span, in row lane / 4 behind the row `first` of the block. A span's
+    // pieces differ from the first span's in bits that the first span does not use.
+    __device__ __forceinline__ void read(int slot, int first, int span,
                                          uint32_t (&words)[kLaneWords]) const {
         const uint32_t *from = slots_ + slot * kSlotWords + first * kChunkWords +
-                               (lane_lower_ ^ unit * kQuad * kLaneWords);
+                               (lane_lower_ ^ span * kQuad * kLaneWords);
         if constexpr (kLaneWords == 4) {
             const uint4 four = *reinterpret_cast<const uint4 *>(from);
             words[0] = four.x;
@@ -71,13 +71,13 @@ class WeightRing {
         }
     }
 
-    // Their upper bits, where they stand in a plane of one bit.
-    __device__ __forceinline__ uint32_t read_upper(int slot, int first, int unit) const {
+    // The upper bits of these codes, where a plane of one bit holds them.
+    __device__ __forceinline__ uint32_t read_upper(int slot, int first, int span) const {
         if constexpr (kUpperWords == 0) {
             return 0;
         } else {
             const uint32_t *from = slots_ + slot * kSlotWords + kLowerWords + first * kUpperWords +
-                                   (lane_upper_ ^ unit * kQuad / 2);
+                                   (lane_upper_ ^ span * kQuad / 2);
             return reinterpret_cast<const uint16_t *>(from)[lane_half_];
         }
     }

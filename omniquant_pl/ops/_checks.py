@@ -152,7 +152,7 @@ def check_packed_linear_backward(
     _check_floats("grad", grad)
     _check_weight(grad, words, scale, zero_point, bits, group_size, columns)
     if grad.shape[1] != words.shape[0]:
-        raise ValueError(f"expected grad as [rows, {words.shape[0]}], got {list(grad.shape)}")
+        raise ValueError(f"expected grad as [tokens, {words.shape[0]}], got {list(grad.shape)}")
 
 
 def _check_weight(

@@ -25,10 +25,10 @@ from omniquant_pl.ops._threads import split_rows
 __all__ = ["CpuKernels", "cpu_kernels"]
 
 _HALVES = (torch.float16, torch.bfloat16)
-_MOST_COLUMNS = 2**31 - 1
+_MAX_COLUMNS = 2**31 - 1
 _PRODUCT_BITS = (2, 3, 4, 8)
-MOST_ROWS = 0  # of x in a packed product; 0 for as many as it pays for
-WIDEST_VECTOR = 0  # in floats; 0 for the processor's own
+MAX_TOKENS = 0  # of a packed product; 0 for as many as the kernel is faster for
+WIDEST_VECTOR = 0  # in floats; 0 for the widest that the processor has
 
 
 class CpuKernels:
@@ -41,7 +41,7 @@ class CpuKernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        tail = (I64, I64, I64, I32, I32)  # columns, begin, end, and two numbers of the grid
+        tail = (I64, I64, I64, I32, I32)  # columns, begin, end; quant_min, quant_max or bits, symmetric
 
         def declare(name: str, pointers: int) -> Any:
             return _native.declare(library, f"omniquant_{name}", [POINTER] * pointers + [*tail])
@@ -123,7 +123,7 @@ class CpuKernels:
     def row_extremes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `omniquant_pl.ops.row_extremes`."""
         check_columns(x)
-        if x.dtype != torch.float32 or x.shape[1] > _MOST_COLUMNS:
+        if x.dtype != torch.float32 or x.shape[1] > _MAX_COLUMNS:
             return _default.row_extremes(x)
         x = x.contiguous()
         rows, columns = x.shape
@@ -159,15 +159,15 @@ class CpuKernels:
         check_packed_linear(x, words, scale, zero_point, bits, group_size)
         if not self._has_product(x, bits, group_size):
             return _default_linear.packed_linear(x, words, scale, zero_point, bits, group_size)
-        n, columns = x.shape
+        tokens, columns = x.shape
         group_size = min(group_size, max(columns, 1))
         threads = torch.get_num_threads()
         operands = [None if each is None else each.contiguous() for each in (x, words, scale, zero_point)]
-        result = x.new_empty((n, words.shape[0]))
-        workspace = torch.empty(self._workspace(n, columns, group_size, bits, threads))
+        result = x.new_empty((tokens, words.shape[0]))
+        workspace = torch.empty(self._workspace(tokens, columns, group_size, bits, threads))
         self._packed_linear(
             *[None if each is None else each.data_ptr() for each in (*operands, result, workspace)],
-            *(n, columns, words.shape[0], group_size),
+            *(tokens, columns, words.shape[0], group_size),
             *(bits, ELEMENT[x.dtype], ELEMENT[scale.dtype], threads, WIDEST_VECTOR),
         )
         return result
@@ -176,7 +176,7 @@ class CpuKernels:
         whole_units = group_size % UNIT == 0 or group_size >= x.shape[1]
         if bits not in _PRODUCT_BITS or not whole_units:
             return False
-        return x.shape[0] <= (MOST_ROWS or self._limit(bits, ELEMENT[x.dtype], WIDEST_VECTOR))
+        return x.shape[0] <= (MAX_TOKENS or self._limit(bits, ELEMENT[x.dtype], WIDEST_VECTOR))
 
 
 def cpu_kernels() -> CpuKernels | None:

@@ -15,11 +15,11 @@ from omniquant_pl.ops._native import I32, I64, POINTER
 __all__ = ["PackedCudaKernels"]
 
 _BITS = (2, 3, 4, 8)
-# The packed weight is read once for every 16 rows; dequantizing it moves about 30 bytes a weight,
-# once, before the product.
-_MAX_ROWS = 64
+# The kernel reads the packed weight once for every 16 tokens; dequantizing moves about 30 bytes an
+# element of the weight, once, before the product.
+_MAX_TOKENS = 64
 _MAX_COLUMNS = 1 << 24
-_MAX_OUT = 1 << 19
+_MAX_ROWS = 1 << 19
 
 
 class PackedCudaKernels:
@@ -86,11 +86,11 @@ class PackedCudaKernels:
 
 
 def _computes(x: Tensor, words: Tensor, bits: int, group_size: int) -> bool:
-    rows, columns = x.shape
+    tokens, columns = x.shape
     return (
         bits in _BITS
-        and rows <= _MAX_ROWS
+        and tokens <= _MAX_TOKENS
         and 0 < columns <= _MAX_COLUMNS
-        and words.shape[0] <= _MAX_OUT
+        and words.shape[0] <= _MAX_ROWS
         and (group_size % WORD_BITS == 0 or group_size >= columns)
     )

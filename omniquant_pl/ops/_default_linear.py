@@ -22,15 +22,15 @@ def dequantize(
     """The weight as floating-point numbers.
 
     Args:
-        words: [out, words], int32, packed in planes.
-        scale: [out, groups], floating-point.
-        zero_point: [out, groups], uint8; None for 2^(bits - 1) everywhere.
+        words: [rows, words_per_row], int32, packed in planes.
+        scale: [rows, groups], floating-point.
+        zero_point: [rows, groups], uint8; None for 2^(bits - 1) everywhere.
         bits: code width, 1 to 8.
         group_size: columns of a group; the last group may have fewer.
         columns: columns of the weight.
 
     Returns:
-        [out, columns], float32.
+        [rows, columns], float32.
     """
     weight: Tensor = torch.ops.omniquant_pl.unpack.default(words, bits, columns, "planes").float()
     whole = columns // group_size

@@ -21,7 +21,7 @@ def pack(codes: Tensor, bits: int, layout: str) -> Tensor:
         layout: "stream", "words" or "planes".
 
     Returns:
-        [rows, words], int32, contiguous. Bits that hold no code are zero.
+        [rows, words_per_row], int32, contiguous. Bits that hold no code are zero.
 
     Raises:
         ValueError: `codes` is not 2-D, or the width or the layout is unknown.
@@ -35,7 +35,7 @@ def unpack(words: Tensor, bits: int, columns: int, layout: str) -> Tensor:
     """Take the codes out of words: the inverse of `pack`.
 
     Args:
-        words: [rows, words], int32.
+        words: [rows, words_per_row], int32.
         bits: code width, 1 to 8.
         columns: codes of a row.
         layout: "stream", "words" or "planes".

@@ -1,4 +1,4 @@
-"""Product with packed weights: what is read from memory is the codes, not the weight."""
+"""Product with packed weights: reads the codes from memory, not the weight."""
 
 from typing import Any
 
@@ -15,22 +15,22 @@ __all__ = ["packed_linear"]
 def packed_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    """Multiply rows with a packed weight: `x @ weight.T`.
+    """Multiply tokens with a packed weight: `x @ weight.T`.
 
-    weight[o, i] = (code[o, i] - zero_point[o, i // group_size]) * scale[o, i // group_size]. Sums are
+    weight[r, c] = (code[r, c] - zero_point[r, c // group_size]) * scale[r, c // group_size]. Sums are
     taken in float32. Differentiable with respect to `x` alone.
 
     Args:
-        x: [n, in], float32, float16 or bfloat16.
-        words: [out, words], int32: the codes, packed in planes.
-        scale: [out, groups], float32, float16 or bfloat16; groups = ceil(in / group_size).
-        zero_point: [out, groups], uint8; None for symmetric codes, whose zero point is 2^(bits - 1).
+        x: [tokens, columns], float32, float16 or bfloat16.
+        words: [rows, words_per_row], int32: the codes, packed in planes.
+        scale: [rows, groups], float32, float16 or bfloat16; groups = ceil(columns / group_size).
+        zero_point: [rows, groups], uint8; None for symmetric codes, whose zero point is 2^(bits - 1).
         bits: code width, 1 to 8.
-        group_size: input channels of a group; the last group may have fewer. `in` or more: one scale
-            an output channel.
+        group_size: columns (input channels) of a group; the last group may have fewer. `columns` or more: one
+            scale a row (output channel).
 
     Returns:
-        [n, out], dtype of `x`, contiguous.
+        [tokens, rows], dtype of `x`, contiguous.
 
     Raises:
         ValueError: shapes or devices do not fit, or the width or the group size is out of range.

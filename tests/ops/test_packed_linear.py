@@ -104,7 +104,7 @@ def assert_product(actual: Tensor, case: Case) -> None:
 @pytest.fixture(params=VECTORS)
 def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "WIDEST_VECTOR", request.param)
-    monkeypatch.setattr(_cpu, "MOST_ROWS", 10**6)
+    monkeypatch.setattr(_cpu, "MAX_TOKENS", 10**6)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_product_is_that_of_the_dequantized_weight(kernels: object, case: Case) 
 def test_every_vector_width_gives_the_product(lanes: int, case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu, "WIDEST_VECTOR", lanes)
-        patch.setattr(_cpu, "MOST_ROWS", 10**6)
+        patch.setattr(_cpu, "MAX_TOKENS", 10**6)
         patch.setattr(_default_linear, "packed_linear", None)  # it is the compiled kernel that answers
         assert_product(KERNELS.packed_linear(*case.arguments), case)
 

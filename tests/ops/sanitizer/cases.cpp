@@ -69,63 +69,65 @@ void check_packing(int64_t rows, int64_t columns, int bits, int layout) {
 struct Elements {
     Buffer<uint16_t> halves;
     Buffer<float> floats;
-    int32_t type;
+    int32_t dtype;
 
-    Elements(int64_t count, int32_t type)
-        : halves(type == OMNIQUANT_FLOAT32 ? 0 : count), floats(type == OMNIQUANT_FLOAT32 ? count : 0), type(type) {}
+    Elements(int64_t count, int32_t dtype)
+        : halves(dtype == OMNIQUANT_FLOAT32 ? 0 : count),
+          floats(dtype == OMNIQUANT_FLOAT32 ? count : 0),
+          dtype(dtype) {}
 
     void *data() {
-        return type == OMNIQUANT_FLOAT32 ? static_cast<void *>(floats.data()) : static_cast<void *>(halves.data());
+        return dtype == OMNIQUANT_FLOAT32 ? static_cast<void *>(floats.data()) : static_cast<void *>(halves.data());
     }
 
-    float get(int64_t i) { return omniquant::load_element(data(), type, i); }
-    void set(int64_t i, float value) { omniquant::store_element(data(), type, i, value); }
+    float get(int64_t i) { return omniquant::load_element(data(), dtype, i); }
+    void set(int64_t i, float value) { omniquant::store_element(data(), dtype, i, value); }
 };
 
 struct Shape {
-    int64_t n, in, out, group_size;
-    int32_t bits, type, scale_type, threads, lanes;
+    int64_t tokens, columns, rows, group_size;
+    int32_t bits, dtype, scale_dtype, threads, lanes;
     bool symmetric, hostile;
 };
 
-const float HOSTILE[] = {INFINITY, -INFINITY, NAN, FLT_MAX, -FLT_MAX, FLT_MIN / 8, -0.0f};
+const float kHostile[] = {INFINITY, -INFINITY, NAN, FLT_MAX, -FLT_MAX, FLT_MIN / 8, -0.0f};
 
 void check_product(const Shape &s) {
-    const int64_t groups = (s.in + s.group_size - 1) / s.group_size;
-    const int64_t length = words_per_row(s.in, s.bits, OMNIQUANT_PLANES);
-    Buffer<uint8_t> codes(s.out * s.in), zeros(s.symmetric ? 0 : s.out * groups);
-    Buffer<uint32_t> words(s.out * length);
-    Elements x(s.n * s.in, s.type), scale(s.out * groups, s.scale_type), out(s.n * s.out, s.type);
+    const int64_t groups = (s.columns + s.group_size - 1) / s.group_size;
+    const int64_t length = words_per_row(s.columns, s.bits, OMNIQUANT_PLANES);
+    Buffer<uint8_t> codes(s.rows * s.columns), zeros(s.symmetric ? 0 : s.rows * groups);
+    Buffer<uint32_t> words(s.rows * length);
+    Elements x(s.tokens * s.columns, s.dtype), scale(s.rows * groups, s.scale_dtype), out(s.tokens * s.rows, s.dtype);
     for (int64_t i = 0; i < codes.size(); ++i) {
         codes[i] = static_cast<uint8_t>(random_numbers.below(1 << s.bits));
     }
     for (int64_t i = 0; i < zeros.size(); ++i) {
         zeros[i] = static_cast<uint8_t>(random_numbers.next());
     }
-    for (int64_t i = 0; i < s.n * s.in; ++i) {
-        x.set(i, s.hostile ? HOSTILE[random_numbers.below(7)] : random_numbers.number());
+    for (int64_t i = 0; i < s.tokens * s.columns; ++i) {
+        x.set(i, s.hostile ? kHostile[random_numbers.below(7)] : random_numbers.number());
     }
-    for (int64_t i = 0; i < s.out * groups; ++i) {
-        scale.set(i, s.hostile ? HOSTILE[random_numbers.below(7)] : random_numbers.number() + 1.5f);
+    for (int64_t i = 0; i < s.rows * groups; ++i) {
+        scale.set(i, s.hostile ? kHostile[random_numbers.below(7)] : random_numbers.number() + 1.5f);
     }
-    omniquant_pack(codes.data(), words.data(), s.in, length, 0, s.out, s.bits, OMNIQUANT_PLANES);
-    Buffer<float> workspace(omniquant_packed_linear_workspace(s.n, s.in, s.group_size, s.bits, s.threads));
+    omniquant_pack(codes.data(), words.data(), s.columns, length, 0, s.rows, s.bits, OMNIQUANT_PLANES);
+    Buffer<float> workspace(omniquant_packed_linear_workspace(s.tokens, s.columns, s.group_size, s.bits, s.threads));
     std::fill(workspace.data(), workspace.data() + workspace.size(), NAN);
     omniquant_packed_linear(x.data(), words.data(), scale.data(), s.symmetric ? nullptr : zeros.data(), out.data(),
-                            workspace.data(), s.n, s.in, s.out, s.group_size, s.bits, s.type, s.scale_type, s.threads,
-                            s.lanes);
+                            workspace.data(), s.tokens, s.columns, s.rows, s.group_size, s.bits, s.dtype, s.scale_dtype,
+                            s.threads, s.lanes);
     ++cases;
-    for (int64_t i = 0; i < s.n * s.out && !s.hostile; ++i) {
-        const int64_t row = i / s.out, o = i % s.out;
+    for (int64_t i = 0; i < s.tokens * s.rows && !s.hostile; ++i) {
+        const int64_t token = i / s.rows, row = i % s.rows;
         double sum = 0.0, size = 0.0;
-        for (int64_t c = 0; c < s.in; ++c) {
-            const int64_t g = o * groups + c / s.group_size;
+        for (int64_t c = 0; c < s.columns; ++c) {
+            const int64_t g = row * groups + c / s.group_size;
             const int zero = s.symmetric ? 1 << (s.bits - 1) : zeros[g];
-            const double factor = static_cast<double>(scale.get(g)) * x.get(row * s.in + c);
-            sum += (codes[o * s.in + c] - zero) * factor;
-            size += (codes[o * s.in + c] + zero + 256) * std::fabs(factor);
+            const double factor = static_cast<double>(scale.get(g)) * x.get(token * s.columns + c);
+            sum += (codes[row * s.columns + c] - zero) * factor;
+            size += (codes[row * s.columns + c] + zero + 256) * std::fabs(factor);
         }
-        const double rounding = s.type == OMNIQUANT_FLOAT32 ? 0.0 : std::fabs(sum) / 256 + 1e-7;
+        const double rounding = s.dtype == OMNIQUANT_FLOAT32 ? 0.0 : std::fabs(sum) / 256 + 1e-7;
         require(std::fabs(out.get(i) - sum) <= 1e-6 * size + rounding, "product");
     }
 }
@@ -134,7 +136,7 @@ void check_fake_quantization(int64_t rows, int64_t columns, bool hostile) {
     Buffer<float> x(rows * columns), grad(rows * columns), out(rows * columns);
     Buffer<float> scale(rows), zero(rows), grad_scale(rows), grad_zero(rows);
     for (int64_t i = 0; i < x.size(); ++i) {
-        x[i] = hostile ? HOSTILE[random_numbers.below(7)] : random_numbers.number();
+        x[i] = hostile ? kHostile[random_numbers.below(7)] : random_numbers.number();
         grad[i] = random_numbers.number();
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -179,9 +181,9 @@ void run_all() {
         }
     }
     for (int i = 0; i < 600; ++i) {
-        const int64_t in = random_numbers.of(sizes);
-        const std::vector<int64_t> groups = {32, 64, 96, 128, 256, std::max<int64_t>(in, 1), in + 1};
-        check_product({random_numbers.below(7), in, random_numbers.below(10), random_numbers.of(groups),
+        const int64_t columns = random_numbers.of(sizes);
+        const std::vector<int64_t> groups = {32, 64, 96, 128, 256, std::max<int64_t>(columns, 1), columns + 1};
+        check_product({random_numbers.below(7), columns, random_numbers.below(10), random_numbers.of(groups),
                        random_numbers.of<int32_t>({2, 3, 4, 8}), random_numbers.of<int32_t>({0, 1, 2}),
                        random_numbers.of<int32_t>({0, 1, 2}), random_numbers.of<int32_t>({1, 3}),
                        random_numbers.of<int32_t>({0, 16, 8, 1}), random_numbers.below(2) == 0,
