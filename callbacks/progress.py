@@ -10,24 +10,25 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 from typing_extensions import override
 
 from omniquant_pl.block import BlockModule
 from omniquant_pl.callbacks.log_file import LogFile
+from omniquant_pl.callbacks.progress_lines import block_line, divergence, duration, finish_lines, small, variant_name
 from omniquant_pl.callbacks.segments import OtherSegments
-from omniquant_pl.evaluate import perplexity_table
+from omniquant_pl.callbacks.time_left import TimeLeft, last_block_cost
+from omniquant_pl.evaluate import VARIANTS
 from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.trainer import SequentialTrainer
-from omniquant_pl.wording import bytes_in_words, number, scientific, seconds_in_words
+from omniquant_pl.wording import bytes_in_words, number
 
 __all__ = ["ProgressCallback"]
-
-_HOUR = 3600.0
 
 
 class ProgressCallback(CalibrationCallback):
@@ -46,18 +47,20 @@ class ProgressCallback(CalibrationCallback):
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._log_file = None if log_file is None else LogFile(Path(log_file))
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
-            speed_estimate_period=_HOUR,  # an epoch may take minutes
+            expand=True,
         )
         self._blocks = self._steps = TaskID(0)
-        self._count = self._done = self._restored = 0
-        self._started = self._learning_since = 0.0
+        self._count = self._done = 0
+        self._started = 0.0
+        self._left = TimeLeft(0)
+        self._model: OmniQuantModel | None = None
+        self._losses: list[float] = []
         self._segment = ""
         self._others: OtherSegments | None = None
 
@@ -81,9 +84,12 @@ class ProgressCallback(CalibrationCallback):
     @override
     def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        self._started, self._count, self._done, self._restored = time.monotonic(), len(model.source), 0, 0
+        self._started, self._count, self._done = time.monotonic(), len(model.source), 0
         self._say(f"{model.path}: {self._count} blocks to {model.scheme.name}, run folder {trainer.run_folder.path}")
         self._say(f"at most {trainer.epochs_per_block} epochs a block, on {trainer.strategy.root_device}")
+        self._model = model
+        evaluations = len(VARIANTS) if trainer.evaluation_tokens else 0
+        self._left = TimeLeft(self._count, last_block_cost(model), evaluations)
         self._progress.start()
         self._blocks = self._progress.add_task("blocks", total=self._count, detail="")
         self._steps = self._progress.add_task("steps", total=None, detail="")
@@ -91,7 +97,7 @@ class ProgressCallback(CalibrationCallback):
     @override
     def on_segment_start(self, trainer: Trainer, index: int, blocks: range) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        self._segment = f"segment {index}: "
+        self._segment = f"segment {index} · "
         self._say(f"segment {index}: blocks {blocks[0]} to {blocks[-1]}")
         if self._others is not None and trainer.global_rank == 0:
             self._others.start(index)
@@ -99,12 +105,14 @@ class ProgressCallback(CalibrationCallback):
     def _on_other_block(self, segment: int, block: Mapping[str, Any]) -> None:
         self._done += 1
         self._progress.update(self._blocks, completed=self._done)
-        self._say(f"segment {segment}: {_line(block)}")
+        self._left.block_done(None)
+        self._say(block_line(block, self._blocks_of_model, segment=f"segment {segment} · "))
 
     @override
     def on_stitching_start(self, trainer: Trainer, blocks: int) -> None:
         self._done = self._count  # also what was finished before an interruption
         self._count += blocks
+        self._left.add_blocks(blocks)
         self._progress.update(self._blocks, total=self._count)
         self._say(f"stitching: {blocks} blocks once more, on what those in front of them give")
 
@@ -119,18 +127,15 @@ class ProgressCallback(CalibrationCallback):
 
     @override
     def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
-        self._progress.reset(self._steps, total=None, description=f"perplexity, {variant.replace('_', ' ')}", detail="")
+        self._progress.reset(self._steps, total=None, description="perplexity", detail=variant_name(variant))
 
     @override
     def on_evaluation_end(
         self, trainer: Trainer, variant: str, perplexities: Mapping[str, float], seconds: float
     ) -> None:
         found = ", ".join(f"{name} {number(value)}" for name, value in perplexities.items())
-        self._say(f"perplexity, {variant.replace('_', ' ')}: {found}; {seconds_in_words(seconds)}")
-
-    @override
-    def on_block_start(self, trainer: Trainer, block: QuantizedBlock) -> None:
-        self._learning_since = self._learning_since or time.monotonic()
+        self._left.evaluation_done(seconds)
+        self._say(f"perplexity, {variant_name(variant)}: {found} · {duration(seconds)}")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,36 +158,50 @@ class ProgressCallback(CalibrationCallback):
         # Parts of a block count as well, or nothing could be said of the time before the first one is finished.
         part = min(self._progress.tasks[self._blocks].completed + 1 / trainer.epochs_per_block, self._done + 0.99)
         self._progress.update(self._blocks, completed=part, refresh=True)
+        assert isinstance(pl_module, BlockModule)
+        self._losses = list(pl_module.epoch_losses)
 
     @override
     def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
-        self._done, self._restored = self._done + 1, self._restored + 1
+        self._done += 1
         self._progress.update(self._blocks, completed=self._done)
-        self._say(f"{self._segment}block {result.index}: finished before, error {scientific(result.relative_error)}")
+        self._left.block_done(None)
+        place = f"{self._segment}block {result.index + 1}/{self._blocks_of_model}"
+        self._say(f"{place} · finished before · error {small(result.relative_error)}")
 
     @override
     def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
         self._done += 1
-        memory = _memory(trainer)
-        self._progress.update(self._blocks, completed=self._done, detail=f"peak memory {memory}")
-        self._say(f"{self._segment}{_line(asdict(result))}, {memory}{self._time_left()}")
+        self._left.block_done(result.seconds)
+        left = self._left.seconds
+        memory = f"peak memory {_memory(trainer)}"
+        detail = memory if left is None else f"{duration(left)} left · {memory}"
+        self._progress.update(self._blocks, completed=self._done, detail=detail)
+        self._say(block_line(asdict(result), self._blocks_of_model, left, self._objective(result.index), self._segment))
 
-    def _time_left(self) -> str:
-        left = max(0, self._count - self._done)
-        each = (time.monotonic() - self._learning_since) / max(1, self._done - self._restored)
-        return f"; {left} to go, about {seconds_in_words(left * each)}" if left else ""
+    @property
+    def _blocks_of_model(self) -> int:
+        assert self._model is not None
+        return len(self._model.source)
+
+    def _objective(self, index: int) -> str | None:
+        """What the last block learns from, where that is the model's predictions."""
+        assert self._model is not None
+        learns_predictions = self._model.output_loss == "kl" and index == self._blocks_of_model - 1
+        return divergence(self._losses) if learns_predictions else None
 
     @override
     def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
         self._progress.stop()
-        metrics = trainer.run_folder.read_metrics()
-        if metrics:
-            self.console.print(perplexity_table(metrics["perplexity"]))
-        if trainer.run_folder.report.is_file():
-            self._say(f"report: {trainer.run_folder.report}")
-        took = seconds_in_words(time.monotonic() - self._started)
-        self._say(f"finished in {took}: {trainer.run_folder.path}")
+        run = trainer.run_folder
+        if run.report.is_file():
+            self._say(f"report: {run.report}")
+        exported = run.model if run.model.is_dir() else None
+        name, took = Path(model.path).name or model.path, time.monotonic() - self._started
+        has_text = model.source.tokenizer is not None
+        for line in finish_lines(name, model.scheme.name, run.read_metrics(), exported, run.config, took, has_text):
+            self._say(line)
         self._close()
 
     @override
@@ -196,16 +215,6 @@ class ProgressCallback(CalibrationCallback):
     def _close(self) -> None:
         if self._log_file is not None:
             self._log_file.close()
-
-
-def _line(block: Mapping[str, Any]) -> str:
-    """What became of a block; in files a number that is not finite is null."""
-    keys = ("relative_error", "relative_error_rtn", "loss_initial", "loss_final")
-    error, nearest, initial, final = (scientific(block[key]) for key in keys)
-    return (
-        f"block {block['index']}: error {error} of the output's power, round-to-nearest {nearest}; "
-        f"loss {initial} -> {final}; {block['epochs']} epochs, {seconds_in_words(block['seconds'])}"
-    )
 
 
 def _memory(trainer: Trainer) -> str:

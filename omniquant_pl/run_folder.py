@@ -8,9 +8,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.deciding import differing_settings
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["VARIANTS", "RunFolder"]
+__all__ = ["MADE_BY", "VARIANTS", "RunFolder", "is_export"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +32,17 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 VARIANTS = ("full_precision", "round_to_nearest", "quantized")
 """The models whose perplexities ``metrics.json`` holds."""
 
+MADE_BY = "Calibrated with omniquant-pl ("
+"""What every model card says, of whatever release, and an exported folder is known by."""
+
 _COMPARISON = "compare"
 """The folder of a comparison's fits, each a run of its own inside the run that they compare."""
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder was written by an export."""
+    card = folder / "README.md"
+    return card.is_file() and MADE_BY in card.read_text(encoding="utf-8", errors="replace")
 
 
 class RunFolder:
@@ -103,8 +112,10 @@ class RunFolder:
         for streams in (self.streams, *self.segments.rglob(self.streams.name)):
             shutil.rmtree(streams, ignore_errors=True)
         results = (self.blocks, self.segments, self.model, self.metrics, self.report, self.statistics)
+        self._keep_foreign_model()
         left = (*results, *self._checkpoints())
         found = [path for path in left if path.exists()]
+        self._announce_start(found)
         moving = self.path / "previous.part"
         if any((moving / path.name).exists() for path in found):  # a start was killed, and another run was here since
             self._finish_start(moving)
@@ -114,6 +125,23 @@ class RunFolder:
             path.rename(moving / path.name)
         if moving.exists():
             self._finish_start(moving)
+
+    def _announce_start(self, found: Sequence[Path]) -> None:
+        """Say what moves where, and what is deleted, before it is."""
+        if not found:
+            return
+        previous = self.path / "previous"
+        names = ", ".join(path.name for path in found)
+        deleted = f"; what {previous} holds, of the run before, is deleted" if previous.exists() else ""
+        _log.warning("%s holds a run: %s move to %s%s", self.path, names, previous, deleted)
+
+    def _keep_foreign_model(self) -> None:
+        """Move a ``model`` that no export has written out of the way, for good."""
+        if not self.model.exists() or is_export(self.model):
+            return
+        free = next(path for number in count(1) if not (path := self.path / f"model-{number}").exists())
+        _log.warning("%s is none of this run's exports; it moves to %s, and stays there", self.model, free)
+        self.model.rename(free)
 
     def _finish_start(self, moving: Path) -> None:
         previous = self.path / "previous"

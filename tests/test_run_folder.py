@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run_folder import MADE_BY, RunFolder
 
 
 @pytest.fixture
@@ -195,6 +196,7 @@ class TestAStartThatIsKilled:
             path = folder.path / name if "." in name else folder.path / name / "file"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(str(number))
+        (folder.model / "README.md").write_text(MADE_BY)
 
     def numbers(self, folder: Path) -> list[str]:
         paths = [folder / name for name in self.LEFT]
@@ -214,6 +216,29 @@ class TestAStartThatIsKilled:
             patch.setattr(owner, kind, killed)
             with pytest.raises(Killed):
                 folder.start()
+
+    def test_it_says_what_moves_and_what_is_deleted(self, folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+        self.leave(folder, 1)
+        folder.start()
+        names = ", ".join(sorted(self.LEFT))
+        (line,) = caplog.messages
+        moved = re.fullmatch(rf"{folder.path} holds a run: (.*) move to {folder.path / 'previous'}", line)
+        assert moved is not None
+        assert ", ".join(sorted(moved[1].split(", "))) == names
+        caplog.clear()
+        self.leave(folder, 2)
+        folder.start()
+        assert caplog.messages[0].endswith(f"; what {folder.path / 'previous'} holds, of the run before, is deleted")
+
+    def test_a_model_of_somebody_else_stays(self, folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+        for number in (1, 2):
+            folder.model.mkdir(parents=True)
+            (folder.model / "mine.txt").write_text(str(number))
+            for _ in range(3):
+                folder.start()
+            assert (folder.path / f"model-{number}" / "mine.txt").read_text() == str(number)
+            assert any("none of this run's exports" in message for message in caplog.messages)
+        assert not (folder.path / "previous").exists()
 
     @pytest.mark.parametrize(("kind", "steps"), [("rmtree", 0), ("rename", 0), ("rename", 3), ("rename", 8)])
     def test_the_next_one_finishes_it(

@@ -11,12 +11,9 @@ import yaml
 from omniquant_pl.export.card_metadata import card_metadata
 from omniquant_pl.export.remote_code import drops_code
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import VARIANTS, RunFolder
+from omniquant_pl.run_folder import MADE_BY, VARIANTS, RunFolder
 
-__all__ = ["MADE_BY", "model_card"]
-
-MADE_BY = "Calibrated with omniquant-pl ("
-"""What every card says, of whatever release, and an exported folder is known by."""
+__all__ = ["model_card"]
 
 _CARD = """---
 {metadata}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omniquant_pl.checkpoint.hub_files import LEGAL_FILES, TEMPLATES, TOKENIZER_FILES
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.export.card import MADE_BY
 from omniquant_pl.export.remote_code import copy_code, rewrite
+from omniquant_pl.run_folder import is_export
 
 __all__ = ["copy_companions", "refuse_target", "whole_folder"]
 
@@ -73,10 +73,10 @@ def _is_replaceable(place: Path) -> bool:
     """Whether it is an empty folder or an export, which has no folders in it but one of chat templates."""
     if not place.is_dir():
         return False
-    entries, card = list(place.iterdir()), place / "README.md"
+    entries = list(place.iterdir())
     if any(path.is_dir() and not _holds_templates(path) for path in entries):
         return False
-    return not entries or (card.is_file() and MADE_BY in card.read_text(encoding="utf-8", errors="replace"))
+    return not entries or is_export(place)
 
 
 def _holds_templates(folder: Path) -> bool:

@@ -55,7 +55,7 @@ def test_what_is_no_export_is_not_replaced(llama: Path, fit: Callable[..., Seque
     assert path.read_text() == "mine"
     assert not (tmp_path / "run" / "blocks").exists()
     fit(OmniQuantModel(str(llama)), [ExportCallback()], max_epochs=0)
-    assert (tmp_path / "run" / "previous" / "model" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "model-1" / "thesis.txt").read_text() == "mine"
 
 
 def test_the_original_model_is_not_replaced(llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -42,19 +43,33 @@ def test_lines_where_there_is_no_terminal(seen: Callable[..., str], tmp_path: Pa
     first, *lines = out.splitlines()
     assert "2 blocks to w4a16" in first
     assert str(tmp_path / "run") in first
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     blocks = [line for line in lines if line.startswith("block ")]
-    assert [line.split(":")[0] for line in blocks] == ["block 0", "block 1"]
-    for line in blocks:
-        numbers = re.findall(r"\d\.\d\de[+-]\d\d", line)
-        assert len(numbers) == 4  # error, that of round-to-nearest, loss before and after
-        assert "3 epochs" in line
-    assert re.search(r"; 1 to go, about [\d.]+ s$", blocks[0])
-    assert "to go" not in blocks[1]
-    assert all(re.search(r", \d+ MB|, [\d.]+ GB", line) for line in blocks)
-    for variant in ("full precision", "round to nearest", "quantized"):
-        assert re.search(rf"^perplexity, {variant}: evaluation \d+\.\d\d; [\d.]+ s$", out, re.MULTILINE)
-    assert re.search(r"evaluation\D+[\d.]+\D+[\d.]+\D+[\d.]+", out)
-    assert re.fullmatch(rf"finished in [\d.]+ s: {re.escape(str(tmp_path / 'run'))}", lines[-1])
+    for index, (line, known) in enumerate(zip(blocks, metrics["blocks"], strict=True)):
+        found = re.fullmatch(rf"block {index + 1}/2 · error (\S+) \(RTN (\S+)\) · \d+ s · \d+ s left", line)
+        assert found is not None
+        assert float(found[1]) == pytest.approx(known["relative_error"], rel=0.06)
+        assert float(found[2]) == pytest.approx(known["relative_error_rtn"], rel=0.06)
+    for variant in ("full precision", "round to nearest", "calibrated"):
+        assert re.search(rf"^perplexity, {variant}: evaluation \d+\.\d\d · \d+ s$", out, re.MULTILINE)
+    finish, size, perplexity, following = lines[-4:]
+    assert re.fullmatch(r"finished: llama\d+ to w4a16 · \d+ s", finish)
+    assert size.endswith(" packed")
+    values = (metrics["perplexity"]["evaluation"][name] for name in ("full_precision", "round_to_nearest", "quantized"))
+    assert perplexity == "perplexity, evaluation: full precision {:.2f} · RTN {:.2f} · calibrated {:.2f}".format(
+        *values
+    )
+    assert following.endswith(f" export --config {tmp_path / 'run' / 'config.yaml'} --format packed")
+
+
+def test_the_divergence_is_what_the_last_block_learns_from(
+    llama: Path, fit: Callable[..., SequentialTrainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(OmniQuantModel(str(llama), output_loss="kl"), [ProgressCallback(), MetricsCallback()], max_epochs=3)
+    first, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("block "))
+    assert "divergence" not in first
+    before, after = re.findall(r"divergence (\S+) → (\S+) · error", last)[0]
+    assert 0 < float(after) <= float(before)
 
 
 def test_quiet_writes_nothing(seen: Callable[..., str]) -> None:
@@ -69,3 +84,4 @@ def test_bars_on_a_terminal(seen: Callable[..., str]) -> None:
     assert re.search(r"blocks .* 2/2", plain)
     assert re.search(r"steps .* 18/18", plain)  # three epochs of six
     assert re.search(r"block 1, epoch 3, loss \d\.\d{3}e[+-]\d\d", plain)
+    assert all(len(line) <= 120 for line in re.split(r"[\r\n]+", plain) if "━" in line)

@@ -1,0 +1,101 @@
+"""The lines of a run for people: each fits 80 columns where names and paths do."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omniquant_pl.evaluate import VARIANTS
+from omniquant_pl.wording import bytes_in_words, number
+
+__all__ = ["block_line", "divergence", "duration", "finish_lines", "small", "variant_name"]
+
+_SEPARATOR = " · "
+_NAMES = {"full_precision": "full precision", "round_to_nearest": "round to nearest", "quantized": "calibrated"}
+
+
+def variant_name(variant: str) -> str:
+    """Return what people call a variant of the model."""
+    return _NAMES[variant]
+
+
+def small(value: float | None) -> str:
+    """Return 0.0612 as ``0.061``, 0.000123 as ``1.2e-04``; ``not finite`` of what is null in files."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.2g}" if abs(value) < 1 else f"{value:.4g}"
+    return f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    """Return 4000 as ``1 h 7 min``, 216 as ``4 min`` and 5.2 as ``5 s``."""
+    if seconds < 59.5:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def divergence(losses: list[float]) -> str | None:
+    """Return how the divergence of predictions has fallen over the epochs, ``None`` without epochs."""
+    return f"divergence {small(losses[0])} → {small(losses[-1])}" if losses else None
+
+
+def block_line(
+    block: Mapping[str, Any], count: int, left: float | None = None, objective: str | None = None, segment: str = ""
+) -> str:
+    """Return what became of a block.
+
+    Args:
+        block: As in ``metrics.json``: a number that is not finite may be null.
+        count: Blocks of the model.
+        left: Seconds that the run still takes; ``None`` if that is not known.
+        objective: What the block has learned from, where that is not its own error.
+        segment: What stands in front of the line.
+    """
+    parts = [
+        f"{segment}block {block['index'] + 1}/{count}",
+        *([] if objective is None else [objective]),
+        f"error {small(block['relative_error'])} (RTN {small(block['relative_error_rtn'])})",
+        duration(block["seconds"]),
+        *([] if left is None else [f"{duration(left)} left"]),
+    ]
+    return _SEPARATOR.join(parts)
+
+
+def finish_lines(
+    name: str, scheme: str, metrics: Mapping[str, Any], model: Path | None, config: Path, seconds: float, talks: bool
+) -> Iterator[str]:
+    """Yield the last lines of a run: what it is, what it takes, what was lost, what comes next.
+
+    Args:
+        name: The model's name.
+        scheme: The scheme's.
+        metrics: Content of ``metrics.json``.
+        model: The exported folder; ``None`` if nothing was exported.
+        config: The run's ``config.yaml``.
+        seconds: How long the run took.
+        talks: Whether the model has a tokenizer, so that it can generate text.
+    """
+    yield _SEPARATOR.join((f"finished: {name} to {scheme}", duration(seconds)))
+    size = metrics.get("size_bytes")
+    if size:
+        packed = f"size: {bytes_in_words(size['full_precision'])} → {bytes_in_words(size['quantized'])} packed"
+        disk = [] if model is None else [f"{bytes_in_words(_bytes_of(model))} in {model}"]
+        yield _SEPARATOR.join((packed, *disk))
+    for dataset, found in metrics.get("perplexity", {}).items():
+        names = {"round_to_nearest": "RTN"}
+        values = (f"{names.get(v, variant_name(v))} {number(found[v])}" for v in VARIANTS if v in found)
+        yield f"perplexity, {dataset}: {_SEPARATOR.join(values)}"
+    program = "python train.py" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    command = "generate --prompt Once" if talks else "export --format packed"
+    verb, options = command.split(" ", 1)
+    yield f"next: {program} {verb} --config {shlex.quote(str(config))} {options}"
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
