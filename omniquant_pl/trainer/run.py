@@ -77,14 +77,14 @@ class RunTrainer(Trainer):
         Raises:
             ConfigurationError: If model or data cannot be used; it names the setting.
         """
-        if self.global_rank == 0:  # it reads all there is
-            model.verify()
         bind(data, model)
         self.evaluation_tokens = data.evaluation_tokens()
         tokens = data.calibration_tokens()
         complaint = model.source.found_tokenizer.complaint
         if complaint is not None and self.global_rank == 0:
             _log.warning("%s; token ids do not need it", complaint)
+        if self.global_rank == 0:  # it reads all there is
+            model.verify()
         return tokens
 
     def evaluation(self, model: OmniQuantModel) -> Evaluation:

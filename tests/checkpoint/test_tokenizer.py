@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -29,10 +28,6 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig, Gemma2Config, OPTConfig, Phi3Config]
 PIECES = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"
 """The beginning of a SentencePiece model."""
-
-needs_no_sentencepiece = pytest.mark.skipif(
-    importlib.util.find_spec("sentencepiece") is not None, reason="needs an environment without sentencepiece"
-)
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda config: config.model_type)
@@ -121,10 +116,15 @@ def test_merges_of_another_vocabulary(bare: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
-@needs_no_sentencepiece
 def test_sentencepiece_is_not_installed(
-    bare: Path, name: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    bare: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    for package in ("sentencepiece", "google.protobuf"):
+        monkeypatch.setitem(sys.modules, package, None)
     (bare / name).write_bytes(PIECES)
     (bare / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     message = f"{name} needs packages that are not installed, sentencepiece, protobuf: "

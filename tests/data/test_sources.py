@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from hub_stand_in import hub_stand_in
 from omniquant_pl.data.builtin import builtin_text
 from omniquant_pl.data.sources import dataset_key, is_path, read_text
 from omniquant_pl.data.text import Role
@@ -176,6 +179,42 @@ class TestHubErrors:
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(ConfigurationError, match="need the package 'datasets'"):
             read_text("c4", "calibration")
+
+
+class TestHubThatDoesNotAnswer:
+    @pytest.fixture
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        """An empty cache, and a hub that is gone."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+        with hub_stand_in(tmp_path / "hub") as hub:
+            hub.close()
+            yield tmp_path / "datasets"
+
+    @pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb", "pile", "owner/corpus", "corpus"])
+    def test_it_is_said_at_once(self, cache: Path, name: str) -> None:
+        started = time.monotonic()
+        with pytest.raises(ConfigurationError, match=r"^data\.dataset: .* does not answer .*, and .* cache") as caught:
+            read_text(name, "calibration")
+        assert time.monotonic() - started < 5
+        assert "\n" not in str(caught.value)
+        assert not datasets.config.HF_HUB_OFFLINE
+
+    def test_what_is_cached_is_read(self, cache: Path) -> None:
+        folder = cache / "owner___corpus" / "default" / "0.0.0" / "0123456789abcdef"
+        rows(["one", "two", "three"]).save_to_disk(str(folder))
+        (folder / "data-00000-of-00001.arrow").rename(folder / "corpus-train.arrow")
+        train = datasets.SplitInfo("train", num_examples=3, dataset_name="corpus")
+        info = datasets.DatasetInfo(
+            builder_name="corpus",
+            dataset_name="corpus",
+            config_name="default",
+            version="0.0.0",
+            features=datasets.Features({"text": datasets.Value("string"), "other": datasets.Value("int64")}),
+            splits=datasets.SplitDict({"train": train}),
+        )
+        info.write_to_directory(str(folder))
+        assert read_text("owner/corpus", "calibration").stream() == "one\n\ntwo\n\nthree"
 
 
 class TestFiles:

@@ -55,7 +55,7 @@ UNNEEDED = _tree(
         "qwen": "assets/logo.jpg cache_autogptq_cuda_256.cpp examples/react_prompt.md examples/run.py",
         "qwen-2.5": "mlx/model.safetensors mlx/config.json qwen2.5-q4_k_m.gguf gguf/tokenizer.model",
         "gemma-3": "gemma-3.gguf adapter/adapter_model.safetensors adapter/tokenizer.json added/a.model",
-        "gpt-2": "64.tflite flax_model.msgpack onnx/config.json onnx/merges.txt onnx/decoder_model.onnx rust_model.ot"
+        "gpt-2": "64.tflite flax_model.msgpack onnx/config.json onnx/merges.txt onnx/decoder_model.onnx"
         " pytorch_model.bin tf_model.h5 model.fp16.safetensors coreml/model.mlpackage/Manifest.json",
         "roberta": "dict.txt training_args.bin optimizer.pt trainer_state.json runs/events.out",
         "command-r": "additional/README.md additional_chat_templates_old/x.jinja a/LICENSE additional_chat/x.model",
