@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["embedded_models", "is_hub_id", "locate_model"]
+__all__ = ["embedded_models", "from_any_folder", "is_hub_id", "locate_model"]
 
 _EMBEDDED = Path(__file__).parent.parent / "models"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "README.md", "LICENSE*"]
@@ -40,6 +40,12 @@ def locate_model(path: str, with_code: bool = False) -> Path:
             f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}",
         )
     return _download(path, _HUB_FILES + (_CODE if with_code else []))
+
+
+def from_any_folder(path: str) -> str:
+    """Return a model path that means the same in any working folder: that of a local folder made absolute."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if path and folder.is_dir() else path
 
 
 def is_hub_id(path: str) -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from omniquant_pl.arch import family_of
+from omniquant_pl.arch import Family, family_of
+from omniquant_pl.checkpoint.config import open_config
 from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
-from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["Skeleton", "read_skeleton"]
 
@@ -39,12 +39,17 @@ def read_skeleton(path: str) -> Skeleton:
     Raises:
         ConfigurationError: If there is no configuration, or the family is not known.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigurationError("model.path", f"{path} is not a folder with a config.json")
-    whole = AutoConfig.from_pretrained(path)
+    opened = open_config(Path(path))
+    whole = opened.whole
     family, config = family_of(whole), whole.get_text_config()
     dtypes = {str(each.dtype).removeprefix("torch.") for each in (whole, config)}  # before building sets them
-    model = build_without_weights(whole, family, False)
+    with opened.blamed(Exception):
+        model = build_without_weights(whole, family, False)
+    with opened.blamed():
+        return _sizes(model, family, config, "bfloat16" in dtypes)
+
+
+def _sizes(model: PreTrainedModel, family: Family, config: PretrainedConfig, is_bfloat16: bool) -> Skeleton:
     total = sum(parameter.numel() for parameter in model.parameters())
     blocks = list(cast(nn.ModuleList, model.get_submodule(family.blocks)))
     shapes = []
@@ -60,5 +65,5 @@ def read_skeleton(path: str) -> Skeleton:
         config.hidden_size,
         int(config.max_position_embeddings),
         total - sum(costs),
-        "bfloat16" in dtypes,
+        is_bfloat16,
     )
