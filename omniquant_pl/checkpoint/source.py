@@ -58,7 +58,8 @@ class SourceModel:
         self._trust_remote_code = trust_remote_code
         opened = open_config(folder, trust_remote_code)
         self.config_json = dict(opened.content)
-        self.family = family_of(opened.whole)
+        with opened.blamed():
+            self.family = family_of(opened.whole)
         self.config = opened.whole.get_text_config()
         weights = self.config_json.pop("transformers_weights", None)
         self.checkpoint = opened.converted or Checkpoint(folder, weights=weights)
@@ -95,11 +96,13 @@ class SourceModel:
         return next((found for found in (stored, without_prefix, name) if found in self.checkpoint), stored)
 
     def _refuse_empty(self) -> None:
-        """Refuse a model of no blocks or no positions, which builds all the same."""
+        """Refuse a model of no blocks, positions or heads, which builds all the same."""
         if not self._templates:
             raise ValueError("num_hidden_layers is not above 0")
         if self.positions < 1:
             raise ValueError(f"max_position_embeddings is {self.positions}, not above 0")
+        if min(self.attention.heads, self.attention.kv_heads, self.attention.head_dim) < 1:
+            raise ValueError(f"its attention has no heads: {self.attention}")
 
     def _read(self, stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Read tensors in float32, of what the model itself has as integers in the dtype it is stored in.
