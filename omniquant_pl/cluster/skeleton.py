@@ -41,7 +41,8 @@ def read_skeleton(path: str) -> Skeleton:
     """
     opened = open_config(Path(path))
     whole = opened.whole
-    family, config = family_of(whole), whole.get_text_config()
+    with opened.blamed():
+        family, config = family_of(whole), whole.get_text_config()
     dtypes = {str(each.dtype).removeprefix("torch.") for each in (whole, config)}  # before building sets them
     with opened.blamed(Exception):
         model = build_without_weights(whole, family, False)
