@@ -53,6 +53,8 @@ def read_skeleton(path: str) -> Skeleton:
 def _sizes(model: PreTrainedModel, family: Family, config: PretrainedConfig, is_bfloat16: bool) -> Skeleton:
     total = sum(parameter.numel() for parameter in model.parameters())
     blocks = list(cast(nn.ModuleList, model.get_submodule(family.blocks)))
+    if not blocks:
+        raise ValueError("num_hidden_layers is not above 0")
     shapes = []
     for index, block in enumerate(blocks):
         layout = family.block(config, index)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from omniquant_pl.checkpoint import embedded_models, locate, locate_model
+from omniquant_pl.checkpoint import embedded_models, from_any_folder, locate, locate_model
 from omniquant_pl.errors import ConfigurationError
 
 
@@ -90,3 +90,13 @@ def test_hub_that_does_not_deliver(monkeypatch: pytest.MonkeyPatch, failure: typ
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ConfigurationError, match=r"^model\.path: .*'no/where'.*no such"):
         locate_model("no/where")
+
+
+def test_a_path_that_means_the_same_in_any_folder(
+    embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("models/llama").mkdir(parents=True)
+    found = from_any_folder("models/llama")
+    assert Path(found) == tmp_path / "work" / "models" / "llama"
+    assert from_any_folder(found) == found
+    assert [from_any_folder(path) for path in ("small", "owner/name", "")] == ["small", "owner/name", ""]

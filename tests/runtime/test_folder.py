@@ -187,6 +187,7 @@ MALFORMED: dict[str, tuple[Damage, str]] = {
     "huge-dimension": (entry(f"{UP}.packed", shape=[2**40, 4]), "model.safetensors cannot be read"),
     "overflowing-shape": (entry(f"{UP}.packed", shape=[2**63, 2**63]), "model.safetensors cannot be read"),
     "dimension-beyond-64-bit": (entry(f"{UP}.packed", shape=[2**70, 1]), "model.safetensors cannot be read"),
+    "pad-token-beyond": (config(pad_token_id=64), "do not fit: Padding_idx must be within num_embeddings"),
     "unknown-dtype": (entry(f"{UP}.packed", dtype="I128"), "model.safetensors cannot be read"),
     "overlapping-tensors": (entry(f"{UP}.packed", data_offsets=[0, 768]), "model.safetensors cannot be read"),
     "offsets-beyond-the-file": (entry(f"{UP}.packed", data_offsets=[0, 2**60]), "model.safetensors cannot be read"),
