@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
-from omniquant_pl.checkpoint import write_text
+from omniquant_pl.checkpoint import from_any_folder, write_text
 from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
@@ -29,4 +29,5 @@ class SaveConfig(SaveConfigCallback, CalibrationCallback):
         if trainer.is_global_zero and not (trainer.resumes and path.is_file() and not forced):
             config = self.config.clone()
             config["ckpt_path"] = None  # who takes this file does not mean to go on
+            config["model"]["path"] = from_any_folder(config["model"]["path"])
             write_text(path, self.parser.dump(config, skip_none=False))

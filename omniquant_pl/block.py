@@ -19,7 +19,7 @@ from typing_extensions import override
 from omniquant_pl.compiling import compiled, differing_kinds
 from omniquant_pl.distributed import Group, add_gradients
 from omniquant_pl.divergence import mean_divergence
-from omniquant_pl.errors import CalibrationError
+from omniquant_pl.errors import CalibrationError, unmasked
 from omniquant_pl.memory import make_room
 from omniquant_pl.parts import exact_dtype, gradients_in_parts, parts_of, with_gradients
 from omniquant_pl.quantized_block import QuantizedBlock
@@ -76,11 +76,13 @@ class BlockModule(LightningModule):
         self._loss_count = 0
 
     @property
+    @unmasked
     def index(self) -> int:
         """Position of the first block in the model."""
         return self._blocks[0].index
 
     @property
+    @unmasked
     def _blocks(self) -> list[QuantizedBlock]:
         return cast("list[QuantizedBlock]", list(self.blocks))
 

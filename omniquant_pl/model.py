@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from omniquant_pl.checkpoint import BlockCall, SourceModel, locate_model
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.errors import ConfigurationError, unmasked
 from omniquant_pl.factors import BlockFactors
 from omniquant_pl.nn import prepare_block
 from omniquant_pl.quant import ChannelRange
@@ -121,6 +121,7 @@ class OmniQuantModel(LightningModule):
         self.trust_remote_code = trust_remote_code
 
     @cached_property
+    @unmasked
     def source(self) -> SourceModel:
         """The checkpoint, opened at first use, and rotated if the model is to be.
 
@@ -130,6 +131,7 @@ class OmniQuantModel(LightningModule):
         return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code, self.rotation)
 
     @property
+    @unmasked
     def activation_dtype(self) -> torch.dtype:
         """What the hidden states between blocks are stored in."""
         weight = self.source.stored_names(0)[f"{self.source.layouts[0].linears[0]}.weight"]
@@ -149,6 +151,7 @@ class OmniQuantModel(LightningModule):
         return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code)
 
     @cached_property
+    @unmasked
     def start(self) -> StartingPoint:
         """Where the factors start.
 
@@ -174,6 +177,7 @@ class OmniQuantModel(LightningModule):
             self.start.set(index, self._factors(index, tensors, learned=True), tensors, {}, {})
 
     @property
+    @unmasked
     def quantized_weights(self) -> dict[str, tuple[WeightSpec, tuple[int, ...]]]:
         """Specification and shape ``(out, in)`` of every quantized weight, by its name in the checkpoint."""
         found = {}

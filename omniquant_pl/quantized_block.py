@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from omniquant_pl.checkpoint import BlockCall
-from omniquant_pl.errors import CalibrationError
+from omniquant_pl.errors import CalibrationError, unmasked
 from omniquant_pl.factors import BlockFactors, FoldedBlock
 from omniquant_pl.nn import QuantLinear
 from omniquant_pl.quant import InputMoment, QuantizedWeight, activation_quantizer, observe_moments
@@ -48,16 +48,19 @@ class QuantizedBlock(nn.Module):
         self._held: dict[str, Tensor] = {}
 
     @property
+    @unmasked
     def is_folded(self) -> bool:
         """Whether the network holds the final weights."""
         return bool(self.quantized)
 
     @property
+    @unmasked
     def device(self) -> torch.device:
         """Where the block's tensors are."""
         return next(iter(self.tensors.values())).device
 
     @property
+    @unmasked
     def tensors(self) -> dict[str, Tensor]:
         """The network's weights and biases by name: the originals, or the final ones once folded."""
         return {name: tensor for name, tensor in self.network.named_buffers() if tensor.is_floating_point()}
@@ -124,6 +127,7 @@ class QuantizedBlock(nn.Module):
         self.to(device)
 
     @property
+    @unmasked
     def _activations(self) -> ActivationSpec | None:
         linears = (module for module in self.network.modules() if isinstance(module, QuantLinear))
         return next(linears).activations

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from omniquant_pl.activations import STREAM_PREFIX
-from omniquant_pl.checkpoint import DamagedFileError, finite, read_sealed, write_json, write_sealed
+from omniquant_pl.checkpoint import DamagedFileError, finite, from_any_folder, read_sealed, write_json, write_sealed
 from omniquant_pl.checkpoint.guarded import previous_of
 from omniquant_pl.deciding import differing_settings
 from omniquant_pl.errors import ConfigurationError
@@ -186,7 +186,7 @@ class RunFolder:
         if not (self.config.is_file() and (resumes or any(blocks))):
             return
         saved = self.read_config()
-        differing = differing_settings(saved, config)
+        differing = differing_settings(_from_any_folder(saved), _from_any_folder(config))
         if differing:
             others = ", ".join(differing)
             message = f"{self.path} holds a run with another {others}; choose another folder or delete that one"
@@ -294,6 +294,12 @@ class RunFolder:
             _log.warning("%s is damaged (%s); what it says is not known any more", self.metrics, error)
             return {}
         return content
+
+
+def _from_any_folder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration with the model's path as a run writes it."""
+    model = config.get("model") or {}
+    return {**config, "model": {**model, "path": from_any_folder(str(model.get("path") or ""))}}
 
 
 def _checksum(metrics: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from omniquant_pl import quantize
@@ -219,3 +219,42 @@ def test_a_folder_that_holds_a_run_keeps_its_model(llama: Path, tmp_path: Path) 
     with pytest.raises(ConfigurationError, match=rf"^output: {tmp_path} holds a run"):
         quantize(load(llama), settings=QUICK, output=tmp_path)
     assert not (tmp_path / "original").exists()
+
+
+class TestTiedWeights:
+    """Embedding and head of the result are those of the model that was given, whatever its configuration says."""
+
+    @pytest.fixture
+    def folder(self, make_llama: Callable[..., Path]) -> Path:
+        return make_llama(tie_word_embeddings=True, vocab_size=60)
+
+    @staticmethod
+    def own_head() -> torch.Tensor:
+        return torch.randn(60, 32, generator=torch.Generator().manual_seed(5))
+
+    def check(self, model: PreTrainedModel, token_files: tuple[Path, Path]) -> PreTrainedModel:
+        tokens = torch.from_numpy(np.load(token_files[0])) % 60
+        settings = {**QUICK, "trainer.max_epochs": 0}
+        quantized = quantize(model, scheme="w8a8", calibration=tokens, settings=settings)
+        assert torch.equal(quantized.get_input_embeddings().weight, model.get_input_embeddings().weight)
+        assert torch.equal(quantized.get_output_embeddings().weight, model.get_output_embeddings().weight)
+        return quantized
+
+    def test_a_stored_head_that_differs(self, folder: Path, token_files: tuple[Path, Path]) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {"lm_head.weight": self.own_head()}, folder / "model.safetensors", {"format": "pt"})
+        model = load(folder)
+        assert torch.equal(model.lm_head.weight, self.own_head())
+        assert not self.check(model, token_files).config.tie_word_embeddings
+
+    def test_a_head_that_was_given_to_the_model(self, folder: Path, token_files: tuple[Path, Path]) -> None:
+        model = load(folder)
+        model.lm_head.weight = torch.nn.Parameter(self.own_head())
+        self.check(model, token_files)
+
+    def test_a_head_that_is_stored_alone(self, folder: Path, token_files: tuple[Path, Path]) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        quantized = self.check(load(folder), token_files)
+        assert quantized.lm_head.weight is quantized.model.embed_tokens.weight

@@ -19,6 +19,7 @@ from omniquant_pl.arch.layout import (
     family_of,
     register,
     registered_families,
+    unknown_family,
 )
 from omniquant_pl.arch.moe import unfused_experts
 
@@ -33,6 +34,7 @@ __all__ = [
     "register",
     "registered_families",
     "unfused_experts",
+    "unknown_family",
 ]
 
 del _falcon, _gemma, _internlm, _llama, _mixtral, _opt, _phi, _phi3, _qwen3, _qwen_moe

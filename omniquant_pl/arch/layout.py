@@ -22,6 +22,7 @@ __all__ = [
     "family_of",
     "register",
     "registered_families",
+    "unknown_family",
 ]
 
 
@@ -143,15 +144,21 @@ def registered_families() -> tuple[str, ...]:
     return tuple(sorted({*_FAMILIES, *converted_families()}))
 
 
+def unknown_family(model_type: str) -> str | None:
+    """Return that nobody registered a family, and which ones are known; ``None`` if it is one of them."""
+    known = registered_families()
+    return None if model_type in known else f"the family {model_type!r} is not supported; known: {', '.join(known)}"
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """Returns the description of a model's family.
 
     Raises:
         ConfigurationError: If nobody registered the family, or this model of it cannot be quantized.
     """
-    if config.model_type not in _FAMILIES:
-        known = ", ".join(registered_families())
-        raise ConfigurationError("model.path", f"the family {config.model_type!r} is not supported; known: {known}")
+    unknown = unknown_family(config.model_type)
+    if unknown is not None:
+        raise ConfigurationError("model.path", unknown)
     family = _FAMILIES[config.model_type]
     reason = family.refuse(config)
     if reason is not None:

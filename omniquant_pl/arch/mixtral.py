@@ -6,7 +6,7 @@ from typing import Any
 
 from omniquant_pl.arch.layout import BlockLayout, Experts, Family, register
 from omniquant_pl.arch.llama import LLAMA_BLOCK, LLAMA_HEAD
-from omniquant_pl.arch.moe import mixture_block
+from omniquant_pl.arch.moe import mixture_block, routing_refusal
 
 __all__ = ["MIXTRAL"]
 
@@ -19,6 +19,12 @@ def _block(config: Any, _: int) -> BlockLayout:
     )
 
 
-MIXTRAL = Family(blocks="model.layers", block=_block, stored=(("mlp.", "block_sparse_moe."),), head=LLAMA_HEAD)
+MIXTRAL = Family(
+    blocks="model.layers",
+    block=_block,
+    refuse=lambda config: routing_refusal(config, config.num_local_experts),
+    stored=(("mlp.", "block_sparse_moe."),),
+    head=LLAMA_HEAD,
+)
 
 register("mixtral", MIXTRAL)

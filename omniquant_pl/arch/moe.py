@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from omniquant_pl.arch.conversion import Shapes, StoredPart
 from omniquant_pl.arch.layout import BlockLayout, Experts
 from omniquant_pl.transform import NormToLinears, UpToDown
 
-__all__ = ["mixture_block", "unfused_experts"]
+__all__ = ["mixture_block", "routing_refusal", "unfused_experts"]
 
 Projections = tuple[str, str, str]
 """Dotted names of a gate, an up and a down projection."""
@@ -53,6 +54,12 @@ def mixture_block(
             *(down for _, _, down in projections),
         ),
     )
+
+
+def routing_refusal(config: Any, count: int) -> str | None:
+    """Return why a router cannot choose as many experts as it should, ``None`` if it can."""
+    chosen = config.num_experts_per_tok
+    return None if 1 <= chosen <= count else f"num_experts_per_tok is {chosen}, of {count} experts"
 
 
 def unfused_experts(shapes: Shapes, experts: Experts, stored_name: Callable[[str], str]) -> dict[str, StoredPart]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from omniquant_pl.arch.layout import BlockLayout, Experts, Family, register
 from omniquant_pl.arch.llama import LLAMA_BLOCK, LLAMA_HEAD
-from omniquant_pl.arch.moe import mixture_block
+from omniquant_pl.arch.moe import mixture_block, routing_refusal
 from omniquant_pl.arch.qwen3 import QWEN3_BLOCK
 
 __all__ = ["QWEN2_MOE", "QWEN3_MOE"]
@@ -34,8 +34,12 @@ def _qwen3_block(config: Any, index: int) -> BlockLayout:
     return mixture_block(QWEN3_BLOCK, _NORM, _EXPERTS, config.num_experts, routers=("mlp.gate",))
 
 
-QWEN2_MOE = Family(blocks="model.layers", block=_qwen2_block, head=LLAMA_HEAD)
-QWEN3_MOE = Family(blocks="model.layers", block=_qwen3_block, head=LLAMA_HEAD)
+def _refuse(config: Any) -> str | None:
+    return routing_refusal(config, config.num_experts) if config.num_experts > 0 else None
+
+
+QWEN2_MOE = Family(blocks="model.layers", block=_qwen2_block, refuse=_refuse, head=LLAMA_HEAD)
+QWEN3_MOE = Family(blocks="model.layers", block=_qwen3_block, refuse=_refuse, head=LLAMA_HEAD)
 
 register("qwen2_moe", QWEN2_MOE)
 register("qwen3_moe", QWEN3_MOE)

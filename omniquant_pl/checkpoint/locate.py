@@ -9,7 +9,7 @@ from omniquant_pl.checkpoint.hub import one_line, reach_hub, why_not_delivered
 from omniquant_pl.checkpoint.hub_files import CODE, IGNORED, INDEX, SINGLE, USED, shards_of
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["embedded_models", "is_hub_id", "locate_model"]
+__all__ = ["embedded_models", "from_any_folder", "is_hub_id", "locate_model"]
 
 _log = logging.getLogger(__name__)
 _EMBEDDED = Path(__file__).parent.parent / "models"
@@ -42,6 +42,12 @@ def locate_model(path: str, with_code: bool = False) -> Path:
             f"there is no folder {path!r}; give a local folder, a hub id owner/name, or one of: {known}",
         )
     return _download(path, [*USED, *(CODE if with_code else ())])
+
+
+def from_any_folder(path: str) -> str:
+    """Return a model path that means the same in any working folder: that of a local folder made absolute."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if path and folder.is_dir() else path
 
 
 def is_hub_id(path: str) -> bool:

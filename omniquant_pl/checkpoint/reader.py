@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,10 @@ from torch import Tensor
 
 from omniquant_pl.arch import StoredPart
 from omniquant_pl.checkpoint.pointers import refuse_pointer
+from omniquant_pl.checkpoint.weight_files import shards_of, weights_file
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["Checkpoint", "TensorInfo"]
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
@@ -65,43 +62,31 @@ class Checkpoint:
     Args:
         folder: The model folder.
         key: The setting that led here, which errors name.
+        weights: ``transformers_weights`` of the configuration: the file to read instead of the usual ones.
 
     Raises:
         ConfigurationError: If the folder has no readable safetensors weights.
     """
 
-    def __init__(self, folder: Path, key: str = "model.path") -> None:
+    def __init__(self, folder: Path, key: str = "model.path", weights: object = None) -> None:
         self.folder = folder
         self._key = key
-        self._file_of = self._index()
+        self._file_of = self._index(weights)
         self._parts = {name: StoredPart(name) for name in self._file_of}
 
-    def _index(self) -> dict[str, str]:
-        if (self.folder / _INDEX).is_file():
-            return self._weight_map(self.folder / _INDEX)
-        if (self.folder / _SINGLE).is_file():
-            with self._open(_SINGLE) as file:
-                return dict.fromkeys(file.keys(), _SINGLE)
-        raise ConfigurationError(
-            self._key,
-            f"{self.folder} holds neither {_SINGLE} nor {_INDEX}; pickled weights are not read: convert them with "
-            "transformers' save_pretrained",
-        )
+    def _index(self, weights: object) -> dict[str, str]:
+        """Read which file holds a tensor, by the tensor's name.
 
-    def _weight_map(self, index: Path) -> dict[str, str]:
-        """Reads which shard holds a tensor, by the tensor's name."""
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            refuse_pointer(index, self._key)
-            raise ConfigurationError(self._key, f"{index} is not an index of shards") from error
-        strange = next((n for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n), None)
-        if strange is not None:
-            raise ConfigurationError(self._key, f"{index} names {strange!r}, which is no file of the folder")
-        missing = sorted({n for n in weight_map.values() if not (self.folder / n).is_file()})
-        if missing:
-            raise ConfigurationError(self._key, f"{index} names {missing[0]}, which is missing")
-        return weight_map
+        Shards hold what is in them, whatever the index says, and of a name that two have the later one counts, as in
+        transformers. A name that none has is still one of the checkpoint's, so that it is missed when it is read.
+        """
+        path = weights_file(self.folder, self._key, weights)
+        promised = shards_of(path, self._key) if path.name.endswith(".json") else {}
+        found = dict(promised)
+        for file_name in sorted(set(promised.values())) or [path.name]:
+            with self._open(file_name) as file:
+                found |= dict.fromkeys(file.keys(), file_name)
+        return found
 
     def _open(self, name: str) -> safe_open:
         try:
@@ -120,6 +105,14 @@ class Checkpoint:
         view._parts = dict(parts)
         return view
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Return the same checkpoint with other names for some of its tensors.
+
+        Args:
+            names: The new names by those that they replace.
+        """
+        return self.view({names.get(name, name): part for name, part in self._parts.items()})
+
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of that name."""
         return name in self._parts
@@ -128,9 +121,10 @@ class Checkpoint:
         """Returns all tensor names, sorted."""
         return tuple(sorted(self._parts))
 
-    def path_of(self, stored: str) -> Path:
-        """Returns the file that holds a stored tensor; the folder, if none does."""
-        return self.folder / self._file_of.get(stored, "")
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds a tensor or what it is made of; the folder, if none does."""
+        part = self._parts.get(name, StoredPart(name))
+        return self.folder / self._file_of.get(part.stored or "", "")
 
     def read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Reads some tensors in the dtype they are stored in, each file opened and each stored tensor read once.
@@ -187,7 +181,8 @@ class Checkpoint:
         if part.stored is None:
             return TensorInfo(part.zeros, "F32")
         if part.stored not in self._infos:
-            raise ConfigurationError(self._key, f"{self.path_of(part.stored)} has no tensor {part.stored}")
+            path = self.folder / self._file_of.get(part.stored, "")
+            raise ConfigurationError(self._key, f"{path} has no tensor {part.stored}")
         info = self._infos[part.stored]
         if not part.index:
             return info
@@ -201,10 +196,17 @@ class Checkpoint:
         """Reads everything that is stored once and refuses what no calibration can mend.
 
         Raises:
-            ConfigurationError: If a tensor has a value that is not finite; it names the tensor.
+            ConfigurationError: If a tensor has a value that is not finite in float32; it names the tensor.
         """
         for name in sorted(self._file_of):
             tensor = self._read_stored({name})[name]
-            if self._infos[name].is_float and not bool(torch.isfinite(tensor).all()):
-                count = int((~torch.isfinite(tensor)).sum())
-                raise ConfigurationError(self._key, f"{self.folder}: {count} values of {name} are NaN or infinite")
+            if self._infos[name].is_float:
+                self._refuse_not_finite(name, tensor)
+
+    def _refuse_not_finite(self, name: str, tensor: Tensor) -> None:
+        """Refuse values that are not finite, or of float64 not finite in float32, which all is computed in."""
+        if tensor.dtype == torch.float64:
+            tensor = tensor.to(torch.float32)
+        count = int((~torch.isfinite(tensor)).sum())
+        if count:
+            raise ConfigurationError(self._key, f"{self.folder}: {count} values of {name} are NaN or infinite")

@@ -8,31 +8,30 @@ then gives the blocks' inputs; handing the last placeholder an output gives the 
 from __future__ import annotations
 
 import copy
-import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
-from omniquant_pl.arch import conversion_of, family_of, unfused_experts
-from omniquant_pl.checkpoint.pointers import refuse_pointer
+from omniquant_pl.arch import family_of, unfused_experts
+from omniquant_pl.checkpoint.config import open_config
 from omniquant_pl.checkpoint.reader import Checkpoint, TensorInfo
 from omniquant_pl.checkpoint.rotation import Rotation
 from omniquant_pl.checkpoint.skeleton import BlockCall, Placeholder, build_without_weights, unfuse_experts
 from omniquant_pl.checkpoint.tokenizer import FoundTokenizer, open_tokenizer
+from omniquant_pl.checkpoint.tying import absent_tensors, tie
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.spec import RotationSpec
 
 __all__ = ["SourceModel"]
+
+_log = logging.getLogger(__name__)
 
 
 class SourceModel:
@@ -47,6 +46,7 @@ class SourceModel:
         rotation: What is folded into the weights.
         config_json: What ``config.json`` says; of the family that the checkpoint is opened as, if that is another.
         checkpoint: The tensors under the names of published checkpoints of that family.
+        is_tied: Whether the head's weight is the embedding's.
 
     Raises:
         ConfigurationError: If the folder, its configuration or its weights cannot be used.
@@ -56,16 +56,20 @@ class SourceModel:
         self.folder = folder
         self.rotation = rotation
         self._trust_remote_code = trust_remote_code
-        self.config_json = self._read_json()
-        converted = self._convert()
-        self._whole_config = self._read_config(converted is not None)
-        self.family = family_of(self._whole_config)
-        self.config = self._whole_config.get_text_config()
-        self.attention = self.family.shape(self.config)
-        self.checkpoint = Checkpoint(folder) if converted is None else converted
-        self._model = build_without_weights(self._whole_config, self.family, trust_remote_code)
-        self._templates = cast(nn.ModuleList, self._model.get_submodule(self.family.blocks))
-        self.layouts = [self.family.block(self.config, index) for index in range(len(self._templates))]
+        opened = open_config(folder, trust_remote_code)
+        self.config_json = dict(opened.content)
+        with opened.blamed():
+            self.family = family_of(opened.whole)
+        self.config = opened.whole.get_text_config()
+        weights = self.config_json.pop("transformers_weights", None)
+        self.checkpoint = opened.converted or Checkpoint(folder, weights=weights)
+        with opened.blamed(Exception):
+            self._model = build_without_weights(opened.whole, self.family, trust_remote_code)
+        with opened.blamed():
+            self._templates = cast(nn.ModuleList, self._model.get_submodule(self.family.blocks))
+            self.attention = self.family.shape(self.config)
+            self.layouts = [self.family.block(self.config, index) for index in range(len(self._templates))]
+            self._refuse_empty()
         for template, layout in zip(self._templates, self.layouts, strict=True):
             unfuse_experts(template, layout)
         self._find_experts()
@@ -74,38 +78,8 @@ class SourceModel:
         self._rotation = None if rotation is None else self._make_rotation(rotation)
         self._untied: dict[str, str] = {}
         self._load_surroundings()
-
-    def _read_json(self) -> dict[str, Any]:
-        path = self.folder / "config.json"
-        if not path.is_file():
-            raise ConfigurationError("model.path", f"{self.folder} has no config.json; it is not a model folder")
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            refuse_pointer(path, "model.path")
-            raise ConfigurationError("model.path", f"{path}: {error}") from error
-
-    def _convert(self) -> Checkpoint | None:
-        """Sees a checkpoint that is opened as another family's as one of that family, from here on."""
-        convert = conversion_of(self.config_json.get("model_type", ""))
-        if convert is None:
-            return None
-        checkpoint = Checkpoint(self.folder)
-        self.config_json, tensors = convert(self.config_json, checkpoint.shapes())
-        return checkpoint.view(tensors)
-
-    def _read_config(self, is_converted: bool) -> PretrainedConfig:
-        config: PretrainedConfig
-        try:
-            if is_converted:
-                config = AutoConfig.for_model(**self.config_json)
-            else:
-                config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust_remote_code)
-        except (ValueError, OSError) as error:
-            raise ConfigurationError("model.path", f"{self.folder / 'config.json'}: {error}") from error
-        if getattr(config, "quantization_config", None):
-            raise ConfigurationError("model.path", f"{self.folder} is quantized already; give the original checkpoint")
-        return config
+        with opened.blamed(Exception):
+            self.calls(1)  # what builds may still not run
 
     def _find_experts(self) -> None:
         """Looks for experts where the checkpoint has them: one by one, or in 3-D tensors."""
@@ -121,27 +95,74 @@ class SourceModel:
         without_prefix = stored.removeprefix(f"{self._model.base_model_prefix}.")
         return next((found for found in (stored, without_prefix, name) if found in self.checkpoint), stored)
 
-    def _read(self, stored: Mapping[str, str]) -> dict[str, Tensor]:
+    def _refuse_empty(self) -> None:
+        """Refuse a model of no blocks, positions or heads, which builds all the same."""
+        if not self._templates:
+            raise ValueError("num_hidden_layers is not above 0")
+        if self.positions < 1:
+            raise ValueError(f"max_position_embeddings is {self.positions}, not above 0")
+        if min(self.attention.heads, self.attention.kv_heads, self.attention.head_dim) < 1:
+            raise ValueError(f"its attention has no heads: {self.attention}")
+
+    def _read(self, stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Read tensors in float32, of what the model itself has as integers in the dtype it is stored in.
+
+        Args:
+            stored: Their names in the checkpoint, by their names in the model.
+            expected: The model's own by name, of which shape and dtype count.
+        """
+        self._refuse_unlike(stored, expected)
         tensors = self.checkpoint.read(tuple(stored.values()))
-        return {name: tensors[stored_name].to(torch.float32) for name, stored_name in stored.items()}
+        return {
+            name: tensors[stored_name].to(torch.float32) if expected[name].is_floating_point() else tensors[stored_name]
+            for name, stored_name in stored.items()
+        }
+
+    def _refuse_unlike(self, stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> None:
+        """Refuse tensors of other shapes than the model's, and codes in the place of weights."""
+        for name, stored_name in stored.items():
+            found, shape = self.checkpoint.describe(stored_name).shape, tuple(expected[name].shape)
+            if found != shape:
+                where = f"{self.checkpoint.path_of(stored_name)}: {stored_name}"
+                raise ConfigurationError("model.path", f"{where} has shape {found}, not {shape}")
+            if expected[name].is_floating_point():
+                self._refuse_codes(stored_name)
+
+    def _refuse_codes(self, name: str) -> None:
+        """Refuse a tensor of numbers that mean nothing without their scales: no floats of 16 bit or more."""
+        found = self.checkpoint.describe(name)
+        if not found.is_float:
+            message = f"{name} is stored as {found.dtype}; give the original checkpoint, in 16 bit or more"
+            raise ConfigurationError("model.path", f"{self.checkpoint.path_of(name)}: {message}")
 
     def _make_rotation(self, spec: RotationSpec) -> Rotation:
         blocks = [(layout, self.block_shapes(index)) for index, layout in enumerate(self.layouts)]
         return Rotation(spec, self.family, blocks, self.attention, self.config.hidden_size)
 
     def _load_surroundings(self) -> None:
-        tied = dict(self._model.all_tied_weights_keys) if self._whole_config.tie_word_embeddings else {}
-        names = [name for name in self._model.state_dict() if name not in tied]
-        tensors = self._read({name: self._stored_name(name) for name in names})
-        self._refuse_shapes(self._model, tensors)
+        expected = self._model.state_dict()
+        absent = absent_tensors(self._model, lambda name: self._stored_name(name) in self.checkpoint)
+        tensors = self._read({name: self._stored_name(name) for name in expected if name not in absent}, expected)
+        self._assign(self._model, tensors)
+        tied = self._tie(absent)
         if self._rotation is not None and self._rotation.turns_residual:
-            tensors |= {name: tensors[owner] for name, owner in tied.items()}
-            tensors = self._rotation.surroundings(self._embedding_name(), tensors)
+            rotated = self._rotation.surroundings(self._embedding_name(), self._model.state_dict())
+            self._assign(self._model, rotated)
             self._untie(tied)
             tied = {}
-        self._assign(self._model, tensors)
-        if tied:
-            self._model.tie_weights()
+        self.is_tied = bool(tied)
+
+    def _tie(self, absent: set[str]) -> dict[str, str]:
+        """Tie what is one, and have configuration and names say so; return tied tensors with what they are."""
+        proposed = dict(self._model.all_tied_weights_keys)
+        tied = tie(self._model, absent)
+        for name in proposed.keys() - tied.keys():
+            self.config_json = self.config_json | {"tie_word_embeddings": False}
+            message = "%s: tie_word_embeddings is true, but %s differs from %s; both are used as they are stored"
+            _log.warning(message, self.folder, self._stored_name(name), self._stored_name(proposed[name]))
+        alone = {self._stored_name(name): self._stored_name(owner) for name, owner in tied.items() if owner in absent}
+        self.checkpoint = self.checkpoint.renamed(alone)
+        return tied
 
     def _embedding_name(self) -> str:
         embedding = self._model.get_input_embeddings()
@@ -154,16 +175,7 @@ class SourceModel:
             self.config_json = self.config_json | {"tie_word_embeddings": False}
 
     @staticmethod
-    def _refuse_shapes(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-        expected = module.state_dict()
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-                raise ConfigurationError("model.path", f"{prefix}{name} has shape {shapes}")
-
-    @classmethod
-    def _assign(cls, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-        cls._refuse_shapes(module, tensors, prefix)
+    def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module.load_state_dict(dict(tensors), strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -194,17 +206,13 @@ class SourceModel:
         """Looks at every tensor once, before any work.
 
         Raises:
-            ConfigurationError: If one is missing, has another shape, or a value that is not finite.
+            ConfigurationError: If one is missing, has another shape or dtype, or a value that is not finite.
         """
-        for index in range(len(self)):
-            shapes = self.block_shapes(index)
-            for name, stored in self.stored_names(index).items():
-                found = self.checkpoint.describe(stored)
-                if found.shape != shapes[name]:
-                    raise ConfigurationError("model.path", f"{stored} has shape {found.shape}, not {shapes[name]}")
-                if not found.is_float:
-                    message = f"{stored} is stored as {found.dtype}; give the original checkpoint, in 16 bit or more"
-                    raise ConfigurationError("model.path", message)
+        for index, template in enumerate(self._templates):
+            self._refuse_unlike(self.stored_names(index), template.state_dict())
+        for name in self.checkpoint.names():  # those that calibration does not read as well: they are exported
+            if name.endswith((".weight", ".bias")):
+                self._refuse_codes(name)
         self.checkpoint.verify()
 
     def block_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
@@ -234,13 +242,13 @@ class SourceModel:
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """Returns one block's tensors in float32, by their names inside the block."""
-        tensors = self._read(self.stored_names(index))
+        tensors = self._read(self.stored_names(index), self._templates[index].state_dict())
         return tensors if self._rotation is None else self._rotation.block(self.layouts[index], tensors)
 
     def make_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Returns a block of the model's own class that holds these tensors (without copying them)."""
         block = copy.deepcopy(self._templates[index])
-        self._assign(block, tensors, self.block_prefix(index))
+        self._assign(block, tensors)
         return block.eval()
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from omniquant_pl.arch import family_of
+from omniquant_pl.arch import Family, family_of
 from omniquant_pl.checkpoint import is_hub_id, locate_model
+from omniquant_pl.checkpoint.config import open_config
 from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
 from omniquant_pl.errors import ConfigurationError
 
@@ -43,15 +44,22 @@ def read_skeleton(path: str) -> Skeleton:
     Raises:
         ConfigurationError: If there is no configuration, or the family is not known.
     """
-    folder = _download_config(path) if is_hub_id(path) else locate_model(path)
-    if not (folder / "config.json").is_file():
-        raise ConfigurationError("model.path", f"{folder} has no config.json; it is not a model folder")
-    whole = AutoConfig.from_pretrained(folder)
-    family, config = family_of(whole), whole.get_text_config()
+    opened = open_config(_download_config(path) if is_hub_id(path) else locate_model(path))
+    whole = opened.whole
+    with opened.blamed():
+        family, config = family_of(whole), whole.get_text_config()
     dtypes = {str(each.dtype).removeprefix("torch.") for each in (whole, config)}  # before building sets them
-    model = build_without_weights(whole, family, False)
+    with opened.blamed(Exception):
+        model = build_without_weights(whole, family, False)
+    with opened.blamed():
+        return _sizes(model, family, config, "bfloat16" in dtypes)
+
+
+def _sizes(model: PreTrainedModel, family: Family, config: PretrainedConfig, is_bfloat16: bool) -> Skeleton:
     total = sum(parameter.numel() for parameter in model.parameters())
     blocks = list(cast(nn.ModuleList, model.get_submodule(family.blocks)))
+    if not blocks:
+        raise ValueError("num_hidden_layers is not above 0")
     shapes = []
     for index, block in enumerate(blocks):
         layout = family.block(config, index)
@@ -65,7 +73,7 @@ def read_skeleton(path: str) -> Skeleton:
         config.hidden_size,
         int(config.max_position_embeddings),
         total - sum(costs),
-        "bfloat16" in dtypes,
+        is_bfloat16,
     )
 
 

@@ -9,12 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from omniquant_pl.checkpoint import SourceModel
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.errors import ConfigurationError, one_line
 from omniquant_pl.runtime import load_packed
 
 __all__ = ["open_exported", "open_original"]
-
-_NO_MODEL = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def open_original(source: SourceModel, dtype: torch.dtype, device: torch.device, trusts_code: bool) -> PreTrainedModel:
@@ -55,8 +53,8 @@ def _load(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trusts_code
         )
-    except _NO_MODEL as error:
-        raise ConfigurationError(key, f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise ConfigurationError(key, f"transformers cannot load {folder}: {one_line(error)}") from error
     torch.nn.Module.to(model, device)
     model.eval()
     return model

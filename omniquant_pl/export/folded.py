@@ -17,7 +17,7 @@ from omniquant_pl.spec import WeightSpec
 
 __all__ = ["FoldedModel", "FoldedTensors", "LinearWeight"]
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

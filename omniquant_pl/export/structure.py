@@ -34,7 +34,7 @@ def model_type(source: SourceModel) -> str:
 
 def is_tied(source: SourceModel) -> bool:
     """Returns whether the head's weight is the embedding's."""
-    return bool(source.config_json.get("tie_word_embeddings", source.config.tie_word_embeddings))
+    return source.is_tied
 
 
 def first_refusal(model: OmniQuantModel, refusal: Callable[[WeightSpec, tuple[int, ...]], str | None]) -> str | None:

@@ -18,6 +18,7 @@ __all__ = ["load_packed", "usable_device", "use_generation_config"]
 # What transformers and torch raise for a configuration that makes no model.
 _NO_MODEL = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     MemoryError,

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from omniquant_pl.arch import BlockLayout, family_of
 from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
+from omniquant_pl.checkpoint.tying import absent_tensors, tie
 from omniquant_pl.nn import quantize_attention
 from omniquant_pl.quant.storage import overflowing_value
 from omniquant_pl.runtime.codec import PACKED, SCALE, ZERO_POINT, planes_of, stored_tensors, zero_points_of
@@ -74,7 +75,7 @@ class PackedSkeleton:
             self._swap_linears(block, layout)
             if scheme.activations is not None:
                 quantize_attention(block.get_submodule(layout.attention), scheme.activations)
-        self._tied = set(self._model.all_tied_weights_keys) if whole.tie_word_embeddings else set()
+        self._absent = absent_tensors(self._model, lambda name: self._stored_name(name) in names)
         self.slots = dict(self._slots())
         self._refuse_others()
 
@@ -92,7 +93,7 @@ class PackedSkeleton:
             block.set_submodule(name, packed)
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
-        stored = set(self._model.state_dict()) - self._tied
+        stored = set(self._model.state_dict()) - self._absent
         for path, module in self._model.named_modules():
             if isinstance(module, PackedLinear):
                 yield from self._packed_slots(path, module)
@@ -150,8 +151,7 @@ class PackedSkeleton:
 
     def finish(self) -> PreTrainedModel:
         """Returns the model, when every slot has got its tensor."""
-        if self._tied:
-            self._model.tie_weights()
+        tie(self._model, self._absent)
         nn.Module.to(self._model, self._device)
         self._model.eval()
         return self._model

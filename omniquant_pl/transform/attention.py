@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from omniquant_pl.errors import unmasked
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.transform.base import (
     BlockTensors,
@@ -73,12 +74,14 @@ class ValueToOutputPair(Pair):
 
     @property
     @override
+    @unmasked
     def changed(self) -> tuple[str, ...]:
         names = (f"{self.value}.weight", f"{self.value}.bias", f"{self.output}.weight")
         return names if self.shift is None else (*names, f"{self.output}.bias")
 
     @property
     @override
+    @unmasked
     def consumers(self) -> tuple[str, ...]:
         return (self.output,)
 
@@ -161,11 +164,13 @@ class QueryToKeyPair(Pair):
 
     @property
     @override
+    @unmasked
     def changed(self) -> tuple[str, ...]:
         return tuple(f"{name}.{kind}" for name in (self.query, self.key) for kind in ("weight", "bias"))
 
     @property
     @override
+    @unmasked
     def other_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self.shape.kv_heads * self.shape.head_dim,),)
 
@@ -221,6 +226,7 @@ class NormedQueryToKeyPair(Pair):
 
     @property
     @override
+    @unmasked
     def changed(self) -> tuple[str, ...]:
         norms = (self.layout.query_norm, self.layout.key_norm)
         return tuple(f"{name}.{kind}" for name in norms for kind in ("weight", "bias"))

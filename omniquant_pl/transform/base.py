@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
+from omniquant_pl.errors import unmasked
 from omniquant_pl.quant import ChannelRange
 
 __all__ = ["BlockTensors", "Pair", "add_shift", "initial_scale", "range_of", "scale_columns", "scale_rows"]
@@ -63,11 +64,13 @@ class Pair(nn.Module, ABC):
         """Names of the tensors that :meth:`apply_to` replaces."""
 
     @property
+    @unmasked
     def other_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes that the scale may also have when it is loaded."""
         return ()
 
     @property
+    @unmasked
     def consumers(self) -> tuple[str, ...]:
         """Names of the quantized linears that read the scaled output; empty where none does."""
         return ()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from omniquant_pl.errors import unmasked
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.transform.base import BlockTensors, Pair, initial_scale, range_of, scale_columns, scale_rows
 from omniquant_pl.transform.heads import AttentionShape, Part, linear_and_rows
@@ -64,11 +65,13 @@ class UpToDownPair(Pair):
 
     @property
     @override
+    @unmasked
     def changed(self) -> tuple[str, ...]:
         return (f"{self.up}.weight", f"{self.up}.bias", f"{self.down}.weight")
 
     @property
     @override
+    @unmasked
     def consumers(self) -> tuple[str, ...]:
         return (self.down,)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from omniquant_pl.errors import unmasked
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.transform.base import BlockTensors, Pair, add_shift, initial_scale, range_of, scale_columns
 from omniquant_pl.transform.heads import AttentionShape
@@ -59,6 +60,7 @@ class NormToLinearsPair(Pair):
 
     @property
     @override
+    @unmasked
     def changed(self) -> tuple[str, ...]:
         readers = (*self.layout.linears, *self.layout.others)
         names = (f"{self.layout.norm}.weight", f"{self.layout.norm}.bias", *(f"{name}.weight" for name in readers))
@@ -66,6 +68,7 @@ class NormToLinearsPair(Pair):
 
     @property
     @override
+    @unmasked
     def consumers(self) -> tuple[str, ...]:
         return self.layout.linears
 

@@ -176,6 +176,21 @@ class TestInternLM:
         }
 
 
+@pytest.mark.parametrize("stored", ["both", "head"])
+def test_what_is_stored_decides_what_is_tied(contract: Any, stored: str) -> None:
+    """As in the LLaMA that it is opened as."""
+    llama, tokens = contract.tie(LlamaConfig(**TINY), stored), contract.tokens(LlamaConfig(**TINY))
+    expected = contract.expected_logits(llama, tokens)
+    tensors = load_file(llama / "model.safetensors")
+    missing = {"model.embed_tokens.weight": torch.empty(0)} if stored == "head" else {}
+    renamed = internlm2_tensors(tensors | missing)
+    save_file({name: tensor for name, tensor in renamed.items() if tensor.numel()}, llama / "model.safetensors")
+    (llama / "config.json").write_text(json.dumps(internlm2_json(tie_word_embeddings=True, rope_theta=1e4)))
+    source = SourceModel(llama)
+    torch.testing.assert_close(contract.logits(source, tokens), expected, rtol=1e-5, atol=1e-5)
+    assert source.is_tied == (stored == "head")
+
+
 def test_they_are_among_the_known_families() -> None:
     assert {"internlm", "internlm2", "internlm3"} <= set(registered_families())
 
@@ -206,6 +221,35 @@ class TestRefused:
         save_file(tensors, rewritten.folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ConfigurationError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
             SourceModel(rewritten.folder).verify()
+
+    @pytest.mark.parametrize("name", ["InternLM2ForRewardModel", "InternLM2ForSequenceClassification"])
+    def test_another_head(self, rewritten: Rewritten, name: str) -> None:
+        self._change(rewritten, architectures=[name])
+        with pytest.raises(ConfigurationError, match=f"config.json: {name} is no causal language model"):
+            SourceModel(rewritten.folder)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"rotary": {}},
+            {"rotary": 3},
+            {"rope_scaling": "linear"},
+            {"rope_scaling": {"type": "linear"}},
+            {"num_attention_heads": 0},
+            {"num_attention_heads": "8"},
+            {"hidden_size": "32"},
+            {"vocab_size": "64"},
+            {"num_hidden_layers": -1},
+            {"pad_token_id": 64},
+            {"hidden_act": "foo"},
+            {"torch_dtype": "auto"},
+        ],
+        ids=str,
+    )
+    def test_values_that_make_no_model(self, rewritten: Rewritten, changes: dict[str, Any]) -> None:
+        self._change(rewritten, **changes)
+        with pytest.raises(ConfigurationError, match=r"^model\.path: .*config\.json: [^\n]+$"):
+            SourceModel(rewritten.folder)
 
     @staticmethod
     def _change(rewritten: Rewritten, **changes: Any) -> None:

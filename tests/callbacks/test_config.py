@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from omniquant_pl.cli import run
+from omniquant_pl.errors import ConfigurationError
 
 Command = Callable[..., Path]
 
@@ -84,3 +86,32 @@ def test_other_evaluation_set_is_added(fit_w3: Command, token_files: tuple[Path,
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["perplexity"]) == {"evaluation", "calibration"}
     assert len(metrics["blocks"]) == 2
+
+
+class TestRelativePath:
+    @pytest.fixture
+    def fitted(self, fit_w3: Command, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A run that was started beside its model, and a working folder elsewhere."""
+        shutil.copytree(llama, tmp_path / "here" / "model")
+        monkeypatch.chdir(tmp_path / "here")
+        folder = fit_w3("run", "--model.path=model")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        return folder
+
+    def test_is_found_from_any_folder(self, fitted: Path) -> None:
+        run(["export", f"--config={fitted}/config.yaml", "--format=packed"])
+        assert (fitted / "packed" / "config.json").is_file()
+        run(["test", f"--config={fitted}/config.yaml"])
+
+    def test_is_the_same_as_the_absolute_one(
+        self, fitted: Path, fit_w3: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The run goes on whichever way the model is named."""
+        before = content(fitted)
+        monkeypatch.chdir(fitted.parent / "here")
+        fit_w3("run", "--model.path=model")
+        fit_w3("run", f"--model.path={fitted.parent / 'here' / 'model'}")
+        assert content(fitted) == before
+        with pytest.raises(ConfigurationError, match=r"holds a run with another model\.path"):
+            fit_w3("run", "--model.path=../here")

@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from hub_stand_in import HubStandIn, hub_stand_in
 from hub_trees import CODE, NEEDED, UNNEEDED
-from omniquant_pl.checkpoint import embedded_models, locate, locate_model
+from omniquant_pl.checkpoint import embedded_models, from_any_folder, locate, locate_model
 from omniquant_pl.errors import ConfigurationError
 
 
@@ -193,3 +193,13 @@ def test_hub_that_does_not_deliver(hub: HubStandIn, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ConfigurationError, match=r"^model\.path: .*'no/where'.*no such thing$"):
         locate_model("no/where")
+
+
+def test_a_path_that_means_the_same_in_any_folder(
+    embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("models/llama").mkdir(parents=True)
+    found = from_any_folder("models/llama")
+    assert Path(found) == tmp_path / "work" / "models" / "llama"
+    assert from_any_folder(found) == found
+    assert [from_any_folder(path) for path in ("small", "owner/name", "")] == ["small", "owner/name", ""]

@@ -187,12 +187,54 @@ def test_a_checkpoint_that_is_quantized_already_is_refused(make_llama: Callable[
         SourceModel(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_codes_are_not_taken_for_weights(make_llama: Callable[..., Path], dtype: torch.dtype) -> None:
+CODES = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn, "BOOL": torch.bool}
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"],
+)
+def test_codes_are_not_taken_for_weights(make_llama: Callable[..., Path], name: str, dtype: str) -> None:
     folder = make_llama()
     tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = tensors[name].to(dtype)
+    tensors[name] = tensors[name].to(CODES[dtype])
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ConfigurationError, match=rf"{name} is stored as (I8|F8)"):
+    with pytest.raises(ConfigurationError, match=rf"{name} is stored as {dtype}; give the original checkpoint"):
         SourceModel(folder).verify()
+
+
+def test_what_is_only_exported_is_looked_at_too(make_llama: Callable[..., Path]) -> None:
+    folder = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    others = {"vision.position_ids": torch.arange(4), "vision.weight": torch.zeros(2, 2)}
+    save_file(tensors | others, folder / "model.safetensors")
+    SourceModel(folder).verify()
+    others["vision.weight"] = others["vision.weight"].to(torch.int8)
+    save_file(tensors | others, folder / "model.safetensors")
+    with pytest.raises(ConfigurationError, match=r"vision\.weight is stored as I8"):
+        SourceModel(folder).verify()
+
+
+class TestFloat64:
+    """Computed in float32, as everything, and as transformers does when it is told to."""
+
+    @pytest.fixture
+    def folder(self, make_llama: Callable[..., Path]) -> Path:
+        folder = make_llama(vocab_size=61)
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).save_pretrained(folder)
+        return folder
+
+    def test_opens(self, folder: Path, logits_of: Callable[..., torch.Tensor], tokens: torch.Tensor) -> None:
+        source, tokens = SourceModel(folder), tokens % 61
+        source.verify()
+        assert source.describe("lm_head.weight").dtype == "F64"
+        torch.testing.assert_close(block_by_block(source, tokens), logits_of(folder, tokens), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+    def test_values_that_float32_does_not_hold(self, folder: Path, name: str) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[2] = 1e200
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(ConfigurationError, match=f"1 values of {name} are NaN or infinite"):
+            SourceModel(folder).verify()

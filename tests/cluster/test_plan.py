@@ -136,6 +136,24 @@ def test_a_model_that_is_not_there(path: str) -> None:
         read_skeleton(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_hidden_layers": "1"}, "'num_hidden_layers' expected int"),
+        ({"pad_token_id": 32000}, "pad_token_id is not a token below vocab_size"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "is no causal language model"),
+        ({"torch_dtype": "auto"}, "torch_dtype is 'auto'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is not above 0"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).to_dict() | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=rf"^model\.path: .*config\.json: .*{expected}"):
+        read_skeleton(str(tmp_path))
+
+
 @pytest.mark.parametrize(("stored", "byte_count"), [("float16", 4), ("bfloat16", 2)])
 def test_the_command_estimates_without_weights(
     stored: str, byte_count: int, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -201,6 +204,38 @@ class FamilyContract:
         assert max(counts) <= 2**bits
         return counts
 
+    def tie(self, config: PretrainedConfig, stored: str) -> Path:
+        """Saves a model whose configuration ties head and embedding, and stores those of them that are wanted.
+
+        Args:
+            config: The model's.
+            stored: ``both``, which differ; ``equal``; ``head`` alone; ``embedding`` alone.
+        """
+        config = deepcopy(config)
+        config.tie_word_embeddings = False
+        folder = self.save(config)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        tensors = load_file(folder / "model.safetensors")
+        (embedding_name,) = (name for name, tensor in tensors.items() if torch.equal(tensor, embedding))
+        (head_name,) = (name for name, tensor in tensors.items() if torch.equal(tensor, head))
+        if stored == "equal":
+            tensors[head_name] = embedding.detach().clone()
+        elif stored != "both":
+            del tensors[embedding_name if stored == "head" else head_name]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+        return folder
+
+    def logits(self, source: SourceModel, tokens: Tensor) -> Tensor:
+        """What the blocks compute one after the other, as they are stored."""
+        calls, hidden = source.calls(TOKENS), source.embed(tokens)
+        with torch.no_grad():
+            for index, call in enumerate(calls):
+                hidden = call(source.make_block(index, source.block_tensors(index)), hidden)
+            return source.logits(hidden)
+
 
 class FamilyTests:
     """The tests that every family has; a subclass is parametrized over the family's configurations."""
@@ -220,6 +255,16 @@ class FamilyTests:
         self, contract: FamilyContract, config: PretrainedConfig, activations: ActivationSpec | None
     ) -> None:
         assert contract.round_trip_error(config, activations) <= 1e-5
+
+    @pytest.mark.parametrize("stored", ["both", "equal", "head", "embedding"])
+    def test_what_is_stored_decides_what_is_tied(
+        self, contract: FamilyContract, config: PretrainedConfig, stored: str
+    ) -> None:
+        folder, tokens = contract.tie(config, stored), contract.tokens(config)
+        source, expected = SourceModel(folder), contract.expected_logits(folder, tokens)
+        torch.testing.assert_close(contract.logits(source, tokens), expected, rtol=1e-5, atol=1e-5)
+        assert source.is_tied == (stored != "both")
+        assert source.config_json["tie_word_embeddings"] == source.is_tied
 
     def test_attention_inputs(self, contract: FamilyContract, config: PretrainedConfig) -> None:
         assert max(contract.quantized_attention_inputs(config)) <= 4
