@@ -23,7 +23,7 @@ def last_block_cost(model: OmniQuantModel) -> float:
     source, last = model.source, len(model.source) - 1
     shapes = source.block_shapes(last)
     weights = sum(math.prod(shapes[f"{name}.weight"]) for name in source.layouts[last].linears)
-    head = source.config.hidden_size * source.config.vocab_size
+    head = int(source.config.hidden_size) * int(source.config.vocab_size)
     return 1 + _HEAD_PRODUCTS * head / (_BLOCK_PRODUCTS * weights)
 
 

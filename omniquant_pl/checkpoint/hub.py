@@ -6,15 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-__all__ = ["one_line", "reach_hub", "why_not_delivered"]
+from omniquant_pl.errors import one_line
+
+__all__ = ["reach_hub", "why_not_delivered"]
 
 _PATIENCE = 5.0
 """Seconds that the hub may take for the first sign of life."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks, or the name of its class where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

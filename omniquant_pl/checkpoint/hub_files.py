@@ -10,9 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["CODE", "IGNORED", "INDEX", "LEGAL_FILES", "SINGLE", "TEMPLATES", "TOKENIZER_FILES", "USED", "shards_of"]
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["CODE", "IGNORED", "LEGAL_FILES", "TEMPLATES", "TOKENIZER_FILES", "USED", "shards_of"]
 
 TEMPLATES = "additional_chat_templates"
 

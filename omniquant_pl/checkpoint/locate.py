@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from omniquant_pl.checkpoint.hub import one_line, reach_hub, why_not_delivered
-from omniquant_pl.checkpoint.hub_files import CODE, IGNORED, INDEX, SINGLE, USED, shards_of
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.checkpoint.hub import reach_hub, why_not_delivered
+from omniquant_pl.checkpoint.hub_files import CODE, IGNORED, USED, shards_of
+from omniquant_pl.checkpoint.weight_files import INDEX, SINGLE
+from omniquant_pl.errors import ConfigurationError, one_line
 
 __all__ = ["embedded_models", "from_any_folder", "is_hub_id", "locate_model"]
 

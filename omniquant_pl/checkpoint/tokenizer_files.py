@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from omniquant_pl.checkpoint.hub import one_line
 from omniquant_pl.checkpoint.hub_files import TOKENIZER_FILES
 from omniquant_pl.checkpoint.pointers import POINTER, is_pointer
+from omniquant_pl.errors import one_line
 
 __all__ = ["TokenizerFiles"]
 

@@ -12,10 +12,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from omniquant_pl.checkpoint.hub import one_line, reach_hub
+from omniquant_pl.checkpoint.hub import reach_hub
 from omniquant_pl.data.files import SUFFIXES
 from omniquant_pl.data.text import Role, Text, checked_texts, key_of, wrong_column
-from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.errors import ConfigurationError, one_line
 
 __all__ = ["HUB_DATASETS", "HubSplit", "read_hub"]
 

@@ -45,8 +45,8 @@ def write_calibration(
     if isinstance(given, str | Path):
         return {"data.dataset": str(given)}
     if isinstance(given, Tensor | np.ndarray):
-        rows = [_ids(each, "it") for each in given] if given.ndim == 2 else [_ids(given, "it")]
-        return _write_ids(rows, folder, is_stream=given.ndim == 1)
+        windows = [_ids(each, "it") for each in given] if given.ndim == 2 else [_ids(given, "it")]
+        return _write_ids(windows, folder, is_stream=given.ndim == 1)
     rows = [row for position, each in enumerate(_rows(given)) for row in _read(each, f"row {position}", tokenizer)]
     if not rows:
         raise ConfigurationError(_KEY, f"it has no rows; give {_ACCEPTED}")

@@ -75,7 +75,9 @@ class GgufExport(Export):
 
     @override
     def check_values(self, model: OmniQuantModel) -> None:
-        for name, tensor in model.source.surroundings() if self.dtype is not None else ():
+        if self.dtype is None:
+            return
+        for name, tensor in model.source.surroundings():
             if tensor.ndim > 1:  # llama.cpp has vectors in float32
                 narrowed(tensor, getattr(torch, self.dtype), name)
 

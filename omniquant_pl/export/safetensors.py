@@ -62,7 +62,9 @@ class SafetensorsExport(Export):
 
     @override
     def check_values(self, model: OmniQuantModel) -> None:
-        for name, tensor in model.source.surroundings() if self.dtype is not None else ():
+        if self.dtype is None:
+            return
+        for name, tensor in model.source.surroundings():
             narrowed(tensor, getattr(torch, self.dtype), name)
 
     @override

@@ -24,7 +24,7 @@ def test_a_block_takes_a_line(
     objective = divergence([12.34567, 0.000123456]) if learns_predictions else None
     line = block_line(block, count, left, objective)
     is_finite = all(each is not None and math.isfinite(each) for each in (error, nearest))
-    assert len(line) <= (80 if objective is None and is_finite else 110)
+    assert len(line) <= (80 if objective is None and is_finite else 115)
     assert line.startswith(f"block {count}/{count} · ")
     assert not re.search(r"nan|inf|None", line)
 
