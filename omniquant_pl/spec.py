@@ -10,6 +10,7 @@ from typing import Literal
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = [
+    "PRECISIONS",
     "ActivationSpec",
     "BudgetSpec",
     "ClippingSpec",
@@ -21,6 +22,10 @@ __all__ = [
     "WeightSpec",
     "WindowSpec",
 ]
+
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Values of ``trainer.precision`` that factors may be learned in."""
 
 
 def _require(condition: bool, key: str, message: str) -> None:

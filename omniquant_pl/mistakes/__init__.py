@@ -2,9 +2,7 @@
 
 from omniquant_pl.mistakes.asked import Asked
 from omniquant_pl.mistakes.config_file import check_config_file
-from omniquant_pl.mistakes.devices import devices_here
 from omniquant_pl.mistakes.explain import explain
 from omniquant_pl.mistakes.no_run import fit_first
-from omniquant_pl.mistakes.values import PRECISIONS
 
-__all__ = ["PRECISIONS", "Asked", "check_config_file", "devices_here", "explain", "fit_first"]
+__all__ = ["Asked", "check_config_file", "explain", "fit_first"]

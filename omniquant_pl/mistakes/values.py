@@ -10,11 +10,9 @@ from omniquant_pl.mistakes.foreign import KEYS
 from omniquant_pl.mistakes.keys import children, nearest_classes
 from omniquant_pl.mistakes.wording import did_you_mean
 from omniquant_pl.mistakes.written import Written
+from omniquant_pl.spec import PRECISIONS
 
-__all__ = ["PRECISIONS", "wrong_value"]
-
-PRECISIONS = ("32-true", "bf16-mixed")
-"""What factors may be learned in."""
+__all__ = ["wrong_value"]
 
 _ACCEPTED = {
     "trainer.precision": PRECISIONS,

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel
 
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.mistakes import devices_here
+from omniquant_pl.mistakes.devices import devices_here
 from omniquant_pl.runtime.folder import PackedFolder
 from omniquant_pl.runtime.skeleton import PackedSkeleton
 

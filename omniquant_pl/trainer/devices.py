@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.mistakes import devices_here
+from omniquant_pl.mistakes.devices import devices_here
 
 __all__ = ["lightning_refusal", "refuse_missing_devices"]
 

@@ -23,8 +23,8 @@ from omniquant_pl.distributed import (
     balanced_segments,
 )
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.mistakes import PRECISIONS
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.spec import PRECISIONS
 
 __all__ = [
     "chosen_strategy",
