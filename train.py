@@ -3,7 +3,7 @@
 ``python train.py --help`` lists the commands, ``python train.py fit --help`` every setting.
 """
 
-from omniquant_pl.cli import main
+from omniquant_pl.cli.program import main
 
 if __name__ == "__main__":
     main()

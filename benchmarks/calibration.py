@@ -26,7 +26,7 @@ from formula import Shape
 from ratios import compare_ratios, store_ratios
 from torch.profiler import ProfilerActivity, profile
 
-from omniquant_pl.memory import peak_memory
+from omniquant_pl.utils.memory import peak_memory
 
 SAMPLES, EPOCHS = 128, 20
 PASSES = 4  # over the samples without gradients, for each block

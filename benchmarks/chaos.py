@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from random_llama import save_random_llama
 
-from omniquant_pl.cli import quieten, run
+from omniquant_pl.cli.program import quieten, run
 
 SETTINGS = {
     "clipping": ["--config=w3a16.yaml"],

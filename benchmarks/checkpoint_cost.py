@@ -21,7 +21,7 @@ import numpy as np
 from memory import VOCABULARY, make_model
 
 from omniquant_pl.callbacks import CheckpointCallback, FoldCallback
-from omniquant_pl.cli import quieten
+from omniquant_pl.cli.program import quieten
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import WeightSpec

@@ -127,13 +127,13 @@ def equal(arguments: argparse.Namespace) -> None:
     common: dict[str, Any] = {"data.batch_size": 4, "data.samples": 32, "trainer.max_epochs": arguments.epochs}
     columns = ("difference of the factors, by block", "codes that differ", "perplexity, 1 process", "2", "s, 1", "2")
     print("| scheme | at once | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
-    for scheme, at_once in itertools.product(SCHEMES, (None, 1)):
-        common["data.micro_batch_size"] = at_once
-        folders = [arguments.runs / f"equal-{scheme}-{at_once}-{count}" for count in (1, 2)]
+    for scheme, micro_batch_size in itertools.product(SCHEMES, (None, 1)):
+        common["data.micro_batch_size"] = micro_batch_size
+        folders = [arguments.runs / f"equal-{scheme}-{micro_batch_size}-{count}" for count in (1, 2)]
         fit(folders[0], f"{scheme}.yaml", common)
         fit(folders[1], f"{scheme}.yaml", common | {"trainer.strategy": "ddp", "trainer.devices": 2})
         found = [metrics(folder) for folder in folders]
-        cells = [scheme, at_once or "all", differences(*folders), moved(*folders)]
+        cells = [scheme, micro_batch_size or "all", differences(*folders), moved(*folders)]
         cells += [f"{each['perplexity']['builtin']['quantized']:.7f}" for each in found]
         cells += [f"{each['seconds']['calibration']:.0f}" for each in found]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import observe_inputs
 from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec

@@ -36,7 +36,7 @@ PACKED_SHAPE = (4096, 4096)
 
 
 @dataclass
-class Contender:
+class Method:
     """Something that is timed: `run(i)` works on copy `i`."""
 
     run: Callable[[int], object]
@@ -54,13 +54,13 @@ class Timing:
 class HostClock:
     """Seconds of single runs."""
 
-    def __init__(self, contenders: list[Contender]) -> None:
+    def __init__(self, contenders: list[Method]) -> None:
         self.contenders = contenders
 
     def round(self, index: int) -> list[float]:
         return [self._time(contender, index % contender.copies) for contender in self.contenders]
 
-    def _time(self, contender: Contender, copy: int) -> float:
+    def _time(self, contender: Method, copy: int) -> float:
         started = time.perf_counter()
         contender.run(copy)
         return time.perf_counter() - started
@@ -69,7 +69,7 @@ class HostClock:
 class CudaClock:
     """Seconds a run, out of graphs over all copies."""
 
-    def __init__(self, contenders: list[Contender]) -> None:
+    def __init__(self, contenders: list[Method]) -> None:
         self.contenders = contenders
         self.graphs = [self._capture(contender) for contender in contenders]
 
@@ -78,8 +78,8 @@ class CudaClock:
             self._time(graph) / contender.copies for graph, contender in zip(self.graphs, self.contenders, strict=True)
         ]
 
-    def _capture(self, contender: Contender) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()
+    def _capture(self, contender: Method) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.HiddenStates()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             contender.run(0)
@@ -99,7 +99,7 @@ class CudaClock:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def measure(contenders: list[Contender], device: str, repetitions: int) -> list[Timing]:
+def measure(contenders: list[Method], device: str, repetitions: int) -> list[Timing]:
     """Returns each contender's timing over rounds in which all of them run in turn."""
     clock = CudaClock(contenders) if device == "cuda" else HostClock(contenders)
     clock.round(0)
@@ -130,10 +130,10 @@ def bandwidth(device: str, repetitions: int) -> float:
     target = torch.empty_like(source)
     size = BEYOND_CACHES
     contenders = [
-        Contender(lambda _: source.sum(), 1, size, "read: sum"),
-        Contender(lambda _: source.amax(), 1, size, "read: maximum"),
-        Contender(lambda _: torch.dot(source, target), 1, 2 * size, "read: dot product"),
-        Contender(lambda _: target.copy_(source), 1, 2 * size, "copy, read and written bytes"),
+        Method(lambda _: source.sum(), 1, size, "read: sum"),
+        Method(lambda _: source.amax(), 1, size, "read: maximum"),
+        Method(lambda _: torch.dot(source, target), 1, 2 * size, "read: dot product"),
+        Method(lambda _: target.copy_(source), 1, 2 * size, "copy, read and written bytes"),
     ]
     timings = measure(contenders, device, repetitions)
     rows = [[each.name, rate(each.size, timing)] for each, timing in zip(contenders, timings, strict=True)]
@@ -154,18 +154,18 @@ def packing(device: str, repetitions: int) -> None:
 def packing_rates(codes: Tensor, bits: int, layout: str, device: str, repetitions: int) -> list[str]:
     words = ops.pack(codes, bits, layout)
     contenders = [
-        Contender(lambda _: ops.pack(codes, bits, layout), 1, codes.numel()),
-        Contender(lambda _: ops.unpack(words, bits, codes.shape[1], layout), 1, codes.numel()),
+        Method(lambda _: ops.pack(codes, bits, layout), 1, codes.numel()),
+        Method(lambda _: ops.unpack(words, bits, codes.shape[1], layout), 1, codes.numel()),
     ]
     return [rate(codes.numel(), timing) for timing in measure(contenders, device, repetitions)]
 
 
-def plain(x: Tensor, shape: tuple[int, int]) -> Contender:
+def plain(x: Tensor, shape: tuple[int, int]) -> Method:
     """Returns torch's product with the weight in the dtype of `x`."""
     size = shape[0] * shape[1] * x.element_size()
     first = torch.randn(shape, device=x.device).to(x.dtype)
     weights = [first, *(first.clone() for _ in range(copies_of(size) - 1))]
-    return Contender(lambda i: F.linear(x, weights[i]), len(weights), size)
+    return Method(lambda i: F.linear(x, weights[i]), len(weights), size)
 
 
 class PackedWeights:
@@ -182,11 +182,11 @@ class PackedWeights:
         zero_point = torch.randint(0, 2**bits, (rows, groups), dtype=torch.uint8, device=device)
         self.weights = [(codes.clone(), scale.clone(), zero_point.clone()) for _ in range(copies_of(self.size))]
 
-    def product(self, x: Tensor) -> Contender:
+    def product(self, x: Tensor) -> Method:
         def run(copy: int) -> Tensor:
             return ops.packed_linear(x, *self.weights[copy], self.bits, self.group_size)
 
-        return Contender(run, len(self.weights), self.size)
+        return Method(run, len(self.weights), self.size)
 
 
 def product_rows(shape: tuple[int, int], n: int, device: str, repetitions: int, peak: float) -> list[list[str]]:

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from omniquant_pl.activations import Room
 from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.compare.backends import BACKENDS, Backend
 from omniquant_pl.evaluate import original_blocks, perplexity
-from omniquant_pl.peers import PEERS, Peer
+from omniquant_pl.hidden_states import MemoryBudget
 
 ROOT = Path(__file__).parent.parent
 TORCH = "torch==2.13.0"
@@ -48,7 +48,7 @@ ENVIRONMENTS = {
     "gptqmodel": Environment("7.6.0", ("gptqmodel==7.6.0",)),
     "llmcompressor": Environment("0.14.0", ("llmcompressor==0.14.0", "transformers==5.17.0")),
 }
-"""By the tool's package, as :data:`omniquant_pl.peers.PEERS` names it."""
+"""By the tool's package, as :data:`omniquant_pl.compare.backends.BACKENDS` names it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def install(name: str, folder: Path) -> Path:
     return python
 
 
-def quantize(python: Path, peer: Peer, row: Row, reference: Path, folder: Path) -> None:
+def quantize(python: Path, peer: Backend, row: Row, reference: Path, folder: Path) -> None:
     """Lets a tool quantize a row; its output goes to ``log.txt`` in the folder, the model to ``model``.
 
     Raises:
@@ -168,7 +168,7 @@ class Results:
 def measure(name: str, rows: list[Row], reference: Path, runs: Path, results: Results) -> None:
     """Runs one tool on the rows that it has no result for."""
     version = ENVIRONMENTS[name].version
-    peers = [peer for peer in PEERS if peer.package == name]
+    peers = [peer for peer in BACKENDS if peer.package == name]
     missing = [(row, peer) for row in rows for peer in peers if not results.done(row.name, peer.name, version)]
     if not missing:
         return
@@ -188,7 +188,7 @@ def measure(name: str, rows: list[Row], reference: Path, runs: Path, results: Re
             quantize(python, peer, row, reference, folder)
             seconds = time.monotonic() - start  # of the process: loading included, measuring not
             source = SourceModel(folder / "model")
-            found = perplexity(source, original_blocks(source), windows, Room(torch.device("cpu"), runs))
+            found = perplexity(source, original_blocks(source), windows, MemoryBudget(torch.device("cpu"), runs))
             entry |= {"perplexity": round(found, 4), "seconds": round(seconds)}
         except subprocess.SubprocessError as error:
             entry["error"] = reason(error, folder / "log.txt")

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from omniquant_pl.compare.methods import METHODS, Case, Settings
+from omniquant_pl.compare.recipes import RECIPES, Case, Settings
 from omniquant_pl.spec import ActivationSpec, Scheme, WeightSpec
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def settings_of(method: str, row: Row) -> Settings | None:
     weight_bits, activation_bits = row["bits"]
     activations = None if activation_bits == 16 else ActivationSpec(activation_bits)
     scheme = Scheme(WeightSpec(weight_bits, row["group_size"]), activations)
-    settings = METHODS[method].settings(Case(scheme, row["model"].partition("-")[0]))
+    settings = RECIPES[method].settings(Case(scheme, row["model"].partition("-")[0]))
     if isinstance(settings, str):
         return None
     return settings | ({"trainer.precision": "bf16-mixed"} if method == "best" else {})

@@ -25,7 +25,7 @@ FIRST_STEP = """
 import os, sys
 from lightning.pytorch import Callback
 from omniquant_pl import cli
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
 
 class Leave(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -61,12 +61,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds + 1):
             fit = ("fit", "--config=w4a4.yaml", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}/run")
-            codes = ((LIBRARIES,), ("import omniquant_pl.cli",), (FIRST_STEP, *fit))
+            codes = ((LIBRARIES,), ("import omniquant_pl.cli.program",), (FIRST_STEP, *fit))
             new = [seconds(arguments.threads, *code) for code in codes]
             for values, value in zip(found.values(), new, strict=True):
                 values.extend([value] if number else [])
     libraries, imports, first = (median(values) for values in found.values())
-    print(f"torch, transformers, lightning {libraries:.1f} s; omniquant_pl.cli {imports:.1f} s, ", end="")
+    print(f"torch, transformers, lightning {libraries:.1f} s; omniquant_pl.cli.program {imports:.1f} s, ", end="")
     print(f"{median(i / j for i, j in zip(found['command line'], found['libraries'], strict=True)):.2f} times that")
     print(f"fit to the end of its first step: {first:.1f} s")
 

@@ -14,10 +14,10 @@ import time
 
 import torch
 
-from omniquant_pl.activations import BatchOrder, Stream, StreamBatches
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.callbacks import NumericsGuard
-from omniquant_pl.cli import quieten
+from omniquant_pl.cli.program import quieten
+from omniquant_pl.hidden_states import BatchOrder, HiddenStateBatches, HiddenStates
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import observe_inputs
 from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
@@ -39,7 +39,7 @@ def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, 
     return BlockModule([model.block(0, tensors, call, inputs)], model.learning), (hidden, target)
 
 
-def bare(module: BlockModule, batches: StreamBatches) -> float:
+def bare(module: BlockModule, batches: HiddenStateBatches) -> float:
     """Returns seconds per step of a plain loop."""
     optimizer = module.configure_optimizers()
     module.on_fit_start()
@@ -54,7 +54,7 @@ def bare(module: BlockModule, batches: StreamBatches) -> float:
     return (time.perf_counter() - started) / len(batches) / EPOCHS
 
 
-def under_lightning(module: BlockModule, batches: StreamBatches, folder: str) -> float:
+def under_lightning(module: BlockModule, batches: HiddenStateBatches, folder: str) -> float:
     """Returns seconds per step of some epochs as a calibration runs them, the fixed cost per block included."""
     trainer = SequentialTrainer(
         max_epochs=EPOCHS,
@@ -85,8 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repetitions):
             module, tensors = make_block(model)
-            streams = tuple(Stream(tensor, tensor.device) for tensor in tensors)
-            batches = StreamBatches(streams, 1, BatchOrder(SAMPLES, 0, False))
+            streams = tuple(HiddenStates(tensor, tensor.device) for tensor in tensors)
+            batches = HiddenStateBatches(streams, 1, BatchOrder(SAMPLES, 0, False))
             loops["bare"].append(bare(module, batches) * 1e3)
             module, tensors = make_block(model)
             loops["lightning"].append(under_lightning(module, batches, folder) * 1e3)

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from omniquant_pl.activations import StreamBatches
-from omniquant_pl.block import BlockModule
-from omniquant_pl.hooks import CalibrationCallback
-from omniquant_pl.quantized_block import QuantizedBlock
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import CalibrationCallback
+from omniquant_pl.hidden_states import HiddenStateBatches
 
 __all__ = ["KeepBestState"]
 
@@ -64,7 +64,7 @@ class KeepBestState(CalibrationCallback):
             stack.enter_context(trainer.precision_plugin.forward_context())
             for block in module.blocks:
                 stack.enter_context(cast(QuantizedBlock, block).held())
-            batches: StreamBatches = trainer.train_dataloader  # type: ignore[assignment]
+            batches: HiddenStateBatches = trainer.train_dataloader  # type: ignore[assignment]
             losses = [module.total_loss(batch) for batch in batches]
         loss = float(trainer.strategy.reduce(torch.stack(losses).sum(), reduce_op="sum"))
         if loss < self._least:

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["CheckpointCallback"]

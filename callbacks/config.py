@@ -6,10 +6,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
-from omniquant_pl.checkpoint import from_any_folder, write_text
-from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.calibration.hooks import CalibrationCallback
+from omniquant_pl.checkpoint import from_any_folder
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.utils.files import write_text
 
 __all__ = ["SaveConfig"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.export import Export, FormatName, StorageDtype, open_format, refuse_target
-from omniquant_pl.hooks import CalibrationCallback
+from omniquant_pl.export import Export, FormatName, StorageDtype, check_target, open_format
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
 
@@ -48,7 +48,7 @@ class ExportCallback(CalibrationCallback):
             export.check_values(model)
             run = trainer.run_folder
             key = "trainer.default_root_dir"
-            refuse_target(run.model, run.path, model.source.folder, key, is_replaced=trainer.resumes)
+            check_target(run.model, run.path, model.source.folder, key, is_replaced=trainer.resumes)
 
     @override
     def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:

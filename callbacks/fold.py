@@ -5,8 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from omniquant_pl.hooks import CalibrationCallback
-from omniquant_pl.quantized_block import QuantizedBlock
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["FoldCallback"]

@@ -13,14 +13,14 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from omniquant_pl import __version__
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.evaluate import model_sizes
-from omniquant_pl.fingerprint import digest_of
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
-from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.storage import bits_per_weight
-from omniquant_pl.quantized_block import QuantizedBlock
+from omniquant_pl.run.fingerprint import digest_of
 from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["MetricsCallback"]
 
@@ -109,14 +109,14 @@ class MetricsCallback(CalibrationCallback):
         known = self.metrics["perplexity"].values()
         if trainer.resumes and variant != "quantized" and all(variant in values for values in known):
             return
-        trainer.announce("on_evaluation_start", variant)
+        trainer.call_hook("on_evaluation_start", variant)
         started = time.perf_counter()
         perplexities = trainer.evaluation(model).measure(variant)
         seconds = time.perf_counter() - started
         for name, value in perplexities.items():
             self.metrics["perplexity"][name][variant] = value
         self.metrics["seconds"]["evaluation"] += seconds
-        trainer.announce("on_evaluation_end", variant, perplexities, seconds)
+        trainer.call_hook("on_evaluation_end", variant, perplexities, seconds)
 
     def _write(self, trainer: Trainer) -> None:
         assert isinstance(trainer, SequentialTrainer)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.errors import CalibrationError, ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
 
 __all__ = ["NumericsGuard"]
 

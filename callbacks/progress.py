@@ -15,18 +15,18 @@ from rich.table import Column
 from rich.text import Text
 from typing_extensions import override
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.callbacks.log_file import LogFile
 from omniquant_pl.callbacks.progress_lines import block_line, divergence, duration, finish_lines, small, variant_name
-from omniquant_pl.callbacks.segments import OtherSegments
+from omniquant_pl.callbacks.segments import RemoteSegments
 from omniquant_pl.callbacks.time_left import TimeLeft, last_block_cost
 from omniquant_pl.evaluate import VARIANTS
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
-from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.trainer import SequentialTrainer
-from omniquant_pl.wording import bytes_in_words, number
+from omniquant_pl.utils.formatting import format_bytes, number
+from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["ProgressCallback"]
 
@@ -62,7 +62,7 @@ class ProgressCallback(CalibrationCallback):
         self._model: OmniQuantModel | None = None
         self._losses: list[float] = []
         self._segment = ""
-        self._others: OtherSegments | None = None
+        self._others: RemoteSegments | None = None
 
     def _say(self, line: str) -> None:
         text = Text(line)  # which is no markup: paths may have brackets
@@ -74,7 +74,7 @@ class ProgressCallback(CalibrationCallback):
     @override
     def on_ready(self, trainer: Trainer, model: OmniQuantModel) -> None:
         assert isinstance(trainer, SequentialTrainer)
-        self._others = OtherSegments(trainer.run_folder.segments, self._on_other_block)
+        self._others = RemoteSegments(trainer.run_folder.segments, self._on_other_block)
         if trainer.global_rank > 0:  # the first process says it all
             self.console.quiet = self._progress.disable = True
             self._log_file = None
@@ -219,5 +219,5 @@ class ProgressCallback(CalibrationCallback):
 
 def _memory(trainer: Trainer) -> str:
     peak = peak_memory(trainer.strategy.root_device)
-    device = f", {bytes_in_words(peak['device'])} on the device" if peak["device"] else ""
-    return f"{bytes_in_words(peak['host'])}{device}"
+    device = f", {format_bytes(peak['device'])} on the device" if peak["device"] else ""
+    return f"{format_bytes(peak['host'])}{device}"

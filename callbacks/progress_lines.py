@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omniquant_pl.evaluate import VARIANTS
-from omniquant_pl.wording import bytes_in_words, number
+from omniquant_pl.utils.formatting import format_bytes, number
 
 __all__ = ["block_line", "divergence", "duration", "finish_lines", "small", "variant_name"]
 
@@ -84,8 +84,8 @@ def finish_lines(
     yield _SEPARATOR.join((f"finished: {name} to {scheme}", duration(seconds)))
     size = metrics.get("size_bytes")
     if size:
-        packed = f"size: {bytes_in_words(size['full_precision'])} → {bytes_in_words(size['quantized'])} packed"
-        disk = [] if model is None else [f"{bytes_in_words(_bytes_of(model))} in {model}"]
+        packed = f"size: {format_bytes(size['full_precision'])} → {format_bytes(size['quantized'])} packed"
+        disk = [] if model is None else [f"{format_bytes(_bytes_of(model))} in {model}"]
         yield _SEPARATOR.join((packed, *disk))
     for dataset, found in metrics.get("perplexity", {}).items():
         names = {"round_to_nearest": "RTN"}

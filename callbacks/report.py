@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
-from omniquant_pl.memory import peak_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.report import Record, block_statistics, write_report
 from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["ReportCallback"]
 

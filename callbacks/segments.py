@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OtherSegments"]
+__all__ = ["RemoteSegments"]
 
 _INTERVAL = 3.0
 
 
-class OtherSegments:
+class RemoteSegments:
     """Reports the blocks that other processes finish, as soon as their files say so.
 
     Args:

@@ -17,11 +17,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from omniquant_pl.cli import QUIETENED, quieten, raising_errors, run
+from omniquant_pl.cli.program import QUIETENED, quieten, raising_errors, run
 from omniquant_pl.data.in_memory import Calibration, write_calibration
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.export import refuse_target
-from omniquant_pl.presets import find_config
+from omniquant_pl.export import check_target
+from omniquant_pl.utils.presets import find_config
 
 __all__ = ["quantize"]
 
@@ -69,7 +69,7 @@ def quantize(
         source = folder / "original"
         if (folder / "config.yaml").exists():  # of that model, which would be replaced
             raise ConfigurationError("output", f"{folder} holds a run; give a new folder, or delete that one")
-        refuse_target(folder / "model", folder, Path(model.name_or_path or source), "output")
+        check_target(folder / "model", folder, Path(model.name_or_path or source), "output")
         given: dict[str, Any] = {"model.path": str(source), "trainer.default_root_dir": str(folder)}
         given |= {"data.evaluation": [], "progress.quiet": True}
         arguments = _arguments(scheme, given | dict(settings or {}))

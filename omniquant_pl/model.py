@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from omniquant_pl.blocks.factors import BlockFactors
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
 from omniquant_pl.checkpoint import BlockCall, SourceModel, locate_model
 from omniquant_pl.errors import ConfigurationError, unmasked
-from omniquant_pl.factors import BlockFactors
+from omniquant_pl.initialization.initializer import Initializer
 from omniquant_pl.nn import prepare_block
 from omniquant_pl.quant import ChannelRange
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import (
     ActivationSpec,
     BudgetSpec,
@@ -28,11 +29,10 @@ from omniquant_pl.spec import (
     WeightSpec,
     WindowSpec,
 )
-from omniquant_pl.start import StartingPoint
 
 __all__ = ["OmniQuantModel"]
 
-_NOT_DECIDING = ("self", "__class__", "path", "activation_budget", "trust_remote_code")
+_NOT_FINGERPRINTED = ("self", "__class__", "path", "activation_budget", "trust_remote_code")
 
 
 class OmniQuantModel(LightningModule):
@@ -91,7 +91,7 @@ class OmniQuantModel(LightningModule):
     ) -> None:
         given = dict(locals())
         super().__init__()
-        self.settings = {name: value for name, value in given.items() if name not in _NOT_DECIDING}
+        self.settings = {name: value for name, value in given.items() if name not in _NOT_FINGERPRINTED}
         if not compile:  # runs that do not know the option go on
             del self.settings["compile"]
         self.path = path
@@ -152,13 +152,13 @@ class OmniQuantModel(LightningModule):
 
     @cached_property
     @unmasked
-    def start(self) -> StartingPoint:
+    def start(self) -> Initializer:
         """Where the factors start.
 
         Raises:
             ConfigurationError: If a file or folder that they start from cannot be used.
         """
-        return StartingPoint(self.source, self._start_from, self.clipping, self.transform, self.scheme.activations)
+        return Initializer(self.source, self._start_from, self.clipping, self.transform, self.scheme.activations)
 
     def verify(self) -> None:
         """Opens and reads everything once.

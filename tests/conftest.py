@@ -19,7 +19,7 @@ from omniquant_pl.callbacks import FoldCallback
 from omniquant_pl.checkpoint import BlockCall
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.trainer import SequentialTrainer
 
 ROOT = Path(__file__).parents[1]

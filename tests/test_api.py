@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from omniquant_pl import quantize
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
 from omniquant_pl.errors import ConfigurationError
 
 Fit = Callable[[str], dict[str, torch.Tensor]]

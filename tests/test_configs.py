@@ -11,7 +11,7 @@ import pytest
 import yaml
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from interrupted import PowerCutError, blocks_of
 
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.callbacks import CheckpointCallback, MetricsCallback
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import BudgetSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 

@@ -15,8 +15,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from omniquant_pl import transform
-from omniquant_pl.arch import BlockLayout, Family, family_of, layout
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
+from omniquant_pl.families import BlockLayout, Family, family_of, layout
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ class TestAddingAFamily:
         assert [getattr(shown, name) for name in others] == [getattr(real, name) for name in others]
 
     @pytest.mark.parametrize(
-        ("position", "path"), enumerate(["omniquant_pl/arch/qwen3.py", "tests/arch/test_qwen3.py"])
+        ("position", "path"), enumerate(["omniquant_pl/families/qwen3.py", "tests/families/test_qwen3.py"])
     )
     def test_code_is_in_the_file_it_names(self, code: list[str], position: int, path: str) -> None:
         assert f"`{path}`" in self.PAGE

@@ -14,10 +14,10 @@ from documented import COMMANDS, PAGES, ROOT, Command
 from lightning.pytorch.cli import LightningArgumentParser
 
 from omniquant_pl import cli
-from omniquant_pl.cluster import BlockTimes, Job, plan
+from omniquant_pl.commands.planning import BlockTimes, Job, plan
 from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.trainer.refusals import chosen_strategy
+from omniquant_pl.trainer.checks import chosen_strategy
 
 EXTRAS = set(metadata("omniquant-pl").get_all("Provides-Extra", []))
 SCRIPTS = {script.name: script for script in entry_points(group="console_scripts")}

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 from interrupted import blocks_of
 
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.callbacks import CheckpointCallback
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
-from omniquant_pl.interruption import Interrupted, Interruption, is_requeued, requeue
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import BudgetSpec
 from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.utils.signals import Interrupted, SignalHandler, is_requeued, requeue
 
 Fit = Callable[..., SequentialTrainer]
 ROOT = Path(__file__).parents[1]
@@ -146,12 +146,12 @@ class TestLostSource:
 
 class TestInterruption:
     def test_a_signal_is_obeyed_at_once_where_nothing_is_under_way(self) -> None:
-        interruption = Interruption()
+        interruption = SignalHandler()
         with interruption.listening(), pytest.raises(Interrupted, match="SIGTERM"):
             _send(signal.SIGTERM)
 
     def test_it_waits_where_it_is_deferred(self) -> None:
-        interruption = Interruption()
+        interruption = SignalHandler()
         with interruption.listening():
             with interruption.deferred():
                 os.kill(os.getpid(), signal.SIGINT)
@@ -161,13 +161,13 @@ class TestInterruption:
                 interruption.obey()
 
     def test_a_second_sigint_does_not_wait(self) -> None:
-        interruption = Interruption()
+        interruption = SignalHandler()
         with interruption.listening(), interruption.deferred(), pytest.raises(KeyboardInterrupt):
             _send(signal.SIGINT, signal.SIGINT)
 
     def test_handlers_return(self) -> None:
         before = signal.getsignal(signal.SIGTERM)
-        with Interruption().listening():
+        with SignalHandler().listening():
             assert signal.getsignal(signal.SIGTERM) != before
         assert signal.getsignal(signal.SIGTERM) == before
 

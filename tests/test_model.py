@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 

@@ -47,13 +47,13 @@ from transformers import (
 )
 
 from kept_blocks import KeepBlocks
-from omniquant_pl.arch import family_of, registered_families
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
 from omniquant_pl.callbacks import FoldCallback, KeepBestState, MetricsCallback, NumericsGuard, ReportCallback
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.export import HfExport
+from omniquant_pl.families import family_of, registered_families
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import (
     ActivationSpec,
     ClippingSpec,

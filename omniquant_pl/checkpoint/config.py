@@ -15,10 +15,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from omniquant_pl.arch import conversion_of, unknown_family
-from omniquant_pl.checkpoint.pointers import refuse_pointer
+from omniquant_pl.checkpoint.pointers import check_not_pointer
 from omniquant_pl.checkpoint.reader import Checkpoint
 from omniquant_pl.errors import ConfigurationError, one_line
+from omniquant_pl.families import conversion_of, unknown_family
 
 __all__ = ["ModelConfig", "blamed_on", "open_config"]
 
@@ -114,7 +114,7 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> ModelConfig:
     """
     path = folder / "config.json"
     content = _read(path)
-    _refuse_content(path, content)
+    _check_content(path, content)
     convert, checkpoint = conversion_of(content["model_type"]), None
     if convert is not None:
         stored = Checkpoint(folder)
@@ -138,14 +138,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        refuse_pointer(path, "model.path")
+        check_not_pointer(path, "model.path")
         raise ConfigurationError("model.path", f"{path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigurationError("model.path", f"{path} holds a JSON {type(content).__name__}, not an object")
     return content
 
 
-def _refuse_content(path: Path, content: dict[str, Any]) -> None:
+def _check_content(path: Path, content: dict[str, Any]) -> None:
     """Refuse what transformers refuses in other words than a reader of the file knows, or does not refuse at all."""
     family = content.get("model_type")
     if not isinstance(family, str) or not family:
@@ -154,8 +154,8 @@ def _refuse_content(path: Path, content: dict[str, Any]) -> None:
     unknown = unknown_family(family)
     if unknown is not None:
         raise ConfigurationError("model.path", f"{path}: {unknown}")
-    _refuse_architectures(path, family, content.get("architectures"))
-    _refuse_dtype(path, content)
+    _check_architectures(path, family, content.get("architectures"))
+    _check_dtype(path, content)
     if content.get("quantization_config") is None:
         content.pop("quantization_config", None)
     elif not isinstance(content["quantization_config"], dict) or not content["quantization_config"]:
@@ -163,7 +163,7 @@ def _refuse_content(path: Path, content: dict[str, Any]) -> None:
         raise ConfigurationError("model.path", f"{path}: {message}; leave it out of the original checkpoint's")
 
 
-def _refuse_architectures(path: Path, family: str, architectures: Any) -> None:
+def _check_architectures(path: Path, family: str, architectures: Any) -> None:
     """Refuse a model with a head of another kind, of a classifier or a reward model, which nobody trained to predict.
 
     A model without a head passes: where its embedding is tied it is whole, and where not the head is missed later.
@@ -178,7 +178,7 @@ def _refuse_architectures(path: Path, family: str, architectures: Any) -> None:
         raise ConfigurationError("model.path", f"{path}: {message}")
 
 
-def _refuse_dtype(path: Path, content: Mapping[str, Any]) -> None:
+def _check_dtype(path: Path, content: Mapping[str, Any]) -> None:
     for key in ("dtype", "torch_dtype"):
         dtype = content.get(key)
         if dtype is not None and dtype not in _DTYPES:

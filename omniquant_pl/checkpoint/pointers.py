@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["POINTER", "is_pointer", "refuse_pointer"]
+__all__ = ["POINTER", "check_not_pointer", "is_pointer"]
 
 POINTER = "is a Git LFS pointer, not the file itself; run git lfs pull in its repository"
 
@@ -22,7 +22,7 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
-def refuse_pointer(path: Path, key: str) -> None:
+def check_not_pointer(path: Path, key: str) -> None:
     """Refuse a Git LFS pointer.
 
     Args:

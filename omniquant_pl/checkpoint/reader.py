@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omniquant_pl.arch import StoredPart
-from omniquant_pl.checkpoint.pointers import refuse_pointer
+from omniquant_pl.checkpoint.pointers import check_not_pointer
 from omniquant_pl.checkpoint.weight_files import shards_of, weights_file
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.families import StoredPart
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -92,7 +92,7 @@ class Checkpoint:
         try:
             return safe_open(self.folder / name, framework="pt")
         except (SafetensorError, OSError) as error:
-            refuse_pointer(self.folder / name, self._key)
+            check_not_pointer(self.folder / name, self._key)
             raise ConfigurationError(self._key, f"{self.folder / name} cannot be read: {error}") from error
 
     def view(self, parts: Mapping[str, StoredPart]) -> Checkpoint:
@@ -201,9 +201,9 @@ class Checkpoint:
         for name in sorted(self._file_of):
             tensor = self._read_stored({name})[name]
             if self._infos[name].is_float:
-                self._refuse_not_finite(name, tensor)
+                self._check_finite(name, tensor)
 
-    def _refuse_not_finite(self, name: str, tensor: Tensor) -> None:
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
         """Refuse values that are not finite, or of float64 not finite in float32, which all is computed in."""
         if tensor.dtype == torch.float64:
             tensor = tensor.to(torch.float32)

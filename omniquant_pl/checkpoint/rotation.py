@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from omniquant_pl.arch import BlockLayout, Family
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.families import BlockLayout, Family
 from omniquant_pl.spec import RotationSpec
 from omniquant_pl.transform import AttentionShape, BlockTensors, NormToLinears, ValueToOutput
 from omniquant_pl.transform.heads import linear_and_rows
@@ -99,7 +99,7 @@ class Rotation:
                 "linears as all that writes it; model.rotation.residual: false leaves it and rotates the values",
             )
         for layout, shapes in blocks:
-            _refuse_block(spec, layout, shapes)
+            _check_block(spec, layout, shapes)
         self._heads = heads
         self._head = family.head if spec.residual else None
         self._residual = RandomHadamard(width, spec.seed)
@@ -123,7 +123,7 @@ class Rotation:
                 self._turn_values(self._value, pair, result)
         return result
 
-    def surroundings(self, embedding: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def non_block_tensors(self, embedding: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns what surrounds the blocks: embedding, final norm and head are changed.
 
         Args:
@@ -158,7 +158,7 @@ class Rotation:
         tensors[f"{pair.output}.weight"] = turn(tensors[f"{pair.output}.weight"])
 
 
-def _refuse_block(spec: RotationSpec, layout: BlockLayout, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_block(spec: RotationSpec, layout: BlockLayout, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a block of which the layout does not tell all that a rotation has to know."""
     if spec.values and not _values(layout):
         raise ConfigurationError("model.rotation", "not every block has values that an output projection reads")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from omniquant_pl.arch import BlockLayout, Family
+from omniquant_pl.families import BlockLayout, Family
 from omniquant_pl.nn import ATTENTION, UnfusedExperts
 
 __all__ = ["BlockCall", "Placeholder", "build_without_weights", "unfuse_experts"]

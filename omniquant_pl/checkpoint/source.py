@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from omniquant_pl.arch import family_of, unfused_experts
 from omniquant_pl.checkpoint.config import open_config
 from omniquant_pl.checkpoint.reader import Checkpoint, TensorInfo
 from omniquant_pl.checkpoint.rotation import Rotation
@@ -27,6 +26,7 @@ from omniquant_pl.checkpoint.skeleton import BlockCall, Placeholder, build_witho
 from omniquant_pl.checkpoint.tokenizer import FoundTokenizer, open_tokenizer
 from omniquant_pl.checkpoint.tying import absent_tensors, tie
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.families import family_of, unfused_experts
 from omniquant_pl.spec import RotationSpec
 
 __all__ = ["SourceModel"]
@@ -69,7 +69,7 @@ class SourceModel:
             self._templates = cast(nn.ModuleList, self._model.get_submodule(self.family.blocks))
             self.attention = self.family.shape(self.config)
             self.layouts = [self.family.block(self.config, index) for index in range(len(self._templates))]
-            self._refuse_empty()
+            self._check_not_empty()
         for template, layout in zip(self._templates, self.layouts, strict=True):
             unfuse_experts(template, layout)
         self._find_experts()
@@ -77,7 +77,7 @@ class SourceModel:
         self._model.set_submodule(self.family.blocks, nn.ModuleList(self._placeholders))
         self._rotation = None if rotation is None else self._make_rotation(rotation)
         self._untied: dict[str, str] = {}
-        self._load_surroundings()
+        self._load_non_block_tensors()
         with opened.blamed(Exception):
             self.calls(1)  # what builds may still not run
 
@@ -95,7 +95,7 @@ class SourceModel:
         without_prefix = stored.removeprefix(f"{self._model.base_model_prefix}.")
         return next((found for found in (stored, without_prefix, name) if found in self.checkpoint), stored)
 
-    def _refuse_empty(self) -> None:
+    def _check_not_empty(self) -> None:
         """Refuse a model of no blocks, positions or heads, which builds all the same."""
         if not self._templates:
             raise ValueError("num_hidden_layers is not above 0")
@@ -111,14 +111,14 @@ class SourceModel:
             stored: Their names in the checkpoint, by their names in the model.
             expected: The model's own by name, of which shape and dtype count.
         """
-        self._refuse_unlike(stored, expected)
+        self._check_alike(stored, expected)
         tensors = self.checkpoint.read(tuple(stored.values()))
         return {
             name: tensors[stored_name].to(torch.float32) if expected[name].is_floating_point() else tensors[stored_name]
             for name, stored_name in stored.items()
         }
 
-    def _refuse_unlike(self, stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> None:
+    def _check_alike(self, stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> None:
         """Refuse tensors of other shapes than the model's, and codes in the place of weights."""
         for name, stored_name in stored.items():
             found, shape = self.checkpoint.describe(stored_name).shape, tuple(expected[name].shape)
@@ -126,9 +126,9 @@ class SourceModel:
                 where = f"{self.checkpoint.path_of(stored_name)}: {stored_name}"
                 raise ConfigurationError("model.path", f"{where} has shape {found}, not {shape}")
             if expected[name].is_floating_point():
-                self._refuse_codes(stored_name)
+                self._check_codes(stored_name)
 
-    def _refuse_codes(self, name: str) -> None:
+    def _check_codes(self, name: str) -> None:
         """Refuse a tensor of numbers that mean nothing without their scales: no floats of 16 bit or more."""
         found = self.checkpoint.describe(name)
         if not found.is_float:
@@ -139,14 +139,14 @@ class SourceModel:
         blocks = [(layout, self.block_shapes(index)) for index, layout in enumerate(self.layouts)]
         return Rotation(spec, self.family, blocks, self.attention, self.config.hidden_size)
 
-    def _load_surroundings(self) -> None:
+    def _load_non_block_tensors(self) -> None:
         expected = self._model.state_dict()
         absent = absent_tensors(self._model, lambda name: self._stored_name(name) in self.checkpoint)
         tensors = self._read({name: self._stored_name(name) for name in expected if name not in absent}, expected)
         self._assign(self._model, tensors)
         tied = self._tie(absent)
         if self._rotation is not None and self._rotation.turns_residual:
-            rotated = self._rotation.surroundings(self._embedding_name(), self._model.state_dict())
+            rotated = self._rotation.non_block_tensors(self._embedding_name(), self._model.state_dict())
             self._assign(self._model, rotated)
             self._untie(tied)
             tied = {}
@@ -209,10 +209,10 @@ class SourceModel:
             ConfigurationError: If one is missing, has another shape or dtype, or a value that is not finite.
         """
         for index, template in enumerate(self._templates):
-            self._refuse_unlike(self.stored_names(index), template.state_dict())
+            self._check_alike(self.stored_names(index), template.state_dict())
         for name in self.checkpoint.names():  # those that calibration does not read as well: they are exported
             if name.endswith((".weight", ".bias")):
-                self._refuse_codes(name)
+                self._check_codes(name)
         self.checkpoint.verify()
 
     def block_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
@@ -225,7 +225,7 @@ class SourceModel:
         return {name: self._stored_name(prefix + name) for name in self._templates[index].state_dict()}
 
     @property
-    def surrounding_names(self) -> tuple[str, ...]:
+    def non_block_names(self) -> tuple[str, ...]:
         """Names in checkpoints of all tensors that are not in a block, sorted."""
         inside = {name for index in range(len(self)) for name in self.stored_names(index).values()}
         return tuple(sorted({*self.checkpoint.names(), *self._untied} - inside))
@@ -234,10 +234,10 @@ class SourceModel:
         """Returns shape and stored dtype of a tensor by its name in checkpoints."""
         return self.checkpoint.describe(self._untied.get(name, name))
 
-    def surroundings(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields :attr:`surrounding_names` with their tensors: those of the model, and others as they are stored."""
+    def non_block_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields :attr:`non_block_names` with their tensors: those of the model, and others as they are stored."""
         loaded = {self._stored_name(name): tensor for name, tensor in self._model.state_dict().items()}
-        for name in self.surrounding_names:
+        for name in self.non_block_names:
             yield name, loaded[name] if name in loaded else self.checkpoint.read((name,))[name]
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:

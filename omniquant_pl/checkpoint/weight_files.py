@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from omniquant_pl.checkpoint.pointers import refuse_pointer
+from omniquant_pl.checkpoint.pointers import check_not_pointer
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["INDEX", "SINGLE", "shards_of", "weights_file"]
@@ -67,7 +67,7 @@ def shards_of(index: Path, key: str) -> Mapping[str, str]:
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse_pointer(index, key)
+        check_not_pointer(index, key)
         raise ConfigurationError(key, f"{index} is not an index of shards") from error
     strange = next((n for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n), None)
     if strange is not None:

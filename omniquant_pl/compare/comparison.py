@@ -13,17 +13,17 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 
 from omniquant_pl import __version__
-from omniquant_pl.checkpoint import write_json, write_text
-from omniquant_pl.compare.contender import Bench, Contender
-from omniquant_pl.compare.fits import Fit
+from omniquant_pl.compare.backend_method import BackendMethod
+from omniquant_pl.compare.backends import BACKENDS
+from omniquant_pl.compare.fit_method import Fit
 from omniquant_pl.compare.measured import BitsAndBytes, FullPrecision
-from omniquant_pl.compare.methods import METHODS
+from omniquant_pl.compare.method import Method, MethodInputs
+from omniquant_pl.compare.recipes import RECIPES
 from omniquant_pl.compare.row import Row, markdown_table, row_of
-from omniquant_pl.compare.tools import Tool
 from omniquant_pl.errors import CalibrationError, ConfigurationError
-from omniquant_pl.fingerprint import digest_of, model_digest
-from omniquant_pl.peers import PEERS
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.fingerprint import digest_of, model_digest
+from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.utils.files import write_json, write_text
 
 __all__ = ["Comparison", "MethodName"]
 
@@ -43,10 +43,10 @@ MethodName = Literal[
 ]
 
 
-def _contenders() -> dict[str, Contender]:
-    own = [Fit(name, method) for name, method in METHODS.items()]
+def _contenders() -> dict[str, Method]:
+    own = [Fit(name, method) for name, method in RECIPES.items()]
     others = [BitsAndBytes(name) for name in ("nf4", "int8")]
-    entries: list[Contender] = [*own, *others, *(Tool(peer) for peer in PEERS)]
+    entries: list[Method] = [*own, *others, *(BackendMethod(peer) for peer in BACKENDS)]
     by_name = {entry.name: entry for entry in entries}
     return {name: by_name[name] for name in get_args(MethodName)}
 
@@ -59,7 +59,7 @@ class Comparison:
         folder: The run folder.
     """
 
-    def __init__(self, bench: Bench, folder: Path) -> None:
+    def __init__(self, bench: MethodInputs, folder: Path) -> None:
         self._bench = bench
         self._json = folder / "compare.json"
         self._markdown = folder / "compare.md"
@@ -93,7 +93,7 @@ class Comparison:
             self._write([rows[method] for method in contenders if method in rows])
         return [rows[name] for name in chosen]
 
-    def _row(self, contender: Contender) -> Row:
+    def _row(self, contender: Method) -> Row:
         empty = Row(contender.name, contender.title)
         reason = contender.refusal(self._bench)
         if reason is not None:
@@ -107,7 +107,7 @@ class Comparison:
             return replace(empty, note=f"failed: {error}")
         return replace(row, note=contender.note, fingerprint=fingerprint)
 
-    def _fingerprint(self, contender: Contender) -> str:
+    def _fingerprint(self, contender: Method) -> str:
         """Digest of all that decides a method's numbers."""
         bench = self._bench
         parts = {
@@ -120,7 +120,7 @@ class Comparison:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def _folder(self, contender: Contender, fingerprint: str) -> Path:
+    def _folder(self, contender: Method, fingerprint: str) -> Path:
         """The method's folder, with what an interrupted attempt at the same has left, and nothing else."""
         folder = self._work / contender.name
         mark = folder / "fingerprint"
@@ -129,7 +129,7 @@ class Comparison:
             write_text(mark, fingerprint)
         return folder
 
-    def _kept(self, contenders: Mapping[str, Contender]) -> dict[str, Row]:
+    def _kept(self, contenders: Mapping[str, Method]) -> dict[str, Row]:
         """What an earlier comparison has measured and still holds, by method; nothing where the file is damaged."""
         try:
             content: dict[str, Any] = json.loads(self._json.read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ class Comparison:
             return {}
         return {row.method: row for row in found if row is not None and self._holds(row, contenders.get(row.method))}
 
-    def _holds(self, row: Row, contender: Contender | None) -> bool:
+    def _holds(self, row: Row, contender: Method | None) -> bool:
         if contender is None or not row.is_measured or contender.refusal(self._bench) is not None:
             return False
         return row.fingerprint == self._fingerprint(contender)

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from omniquant_pl.activations import Room
-from omniquant_pl.checkpoint import SourceModel, write_json
+from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.compare.bits_and_bytes import KINDS, BitsAndBytesBlocks
 from omniquant_pl.evaluate import original_blocks, perplexity
-from omniquant_pl.memory import peak_memory
+from omniquant_pl.hidden_states import MemoryBudget
 from omniquant_pl.spec import BudgetSpec
+from omniquant_pl.utils.files import write_json
+from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["AS_IT_IS", "measure"]
 
 AS_IT_IS = "as_it_is"
 
 
-def measure(kind: str, source: SourceModel, tokens: Path, room: Room) -> dict[str, Any]:
+def measure(kind: str, source: SourceModel, tokens: Path, room: MemoryBudget) -> dict[str, Any]:
     """Returns perplexities, sizes, seconds of quantizing and the process's peak memory.
 
     Args:
@@ -81,7 +82,7 @@ def _main() -> None:
     options = parser.parse_args()
     source = SourceModel(options.model, options.trust_remote_code)
     budget = BudgetSpec(options.device_gigabytes, options.host_gigabytes)
-    room = Room(options.device, options.output.parent, budget)
+    room = MemoryBudget(options.device, options.output.parent, budget)
     write_json(options.output, measure(options.kind, source, options.tokens, room))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from typing_extensions import override
 
 from omniquant_pl.compare.bits_and_bytes import KINDS, is_installed
-from omniquant_pl.compare.contender import Bench, Contender
 from omniquant_pl.compare.measure import AS_IT_IS
+from omniquant_pl.compare.method import Method, MethodInputs
 from omniquant_pl.compare.process import run_logged
 from omniquant_pl.compare.row import Row
 from omniquant_pl.errors import CalibrationError
@@ -26,7 +26,7 @@ _NOTES = {
 }
 
 
-def measure_apart(bench: Bench, folder: Path, model: Path, kind: str = AS_IT_IS) -> dict[str, Any]:
+def measure_apart(bench: MethodInputs, folder: Path, model: Path, kind: str = AS_IT_IS) -> dict[str, Any]:
     """Measures a model in a process of its own; see :func:`omniquant_pl.compare.measure.measure`.
 
     Raises:
@@ -45,26 +45,26 @@ def measure_apart(bench: Bench, folder: Path, model: Path, kind: str = AS_IT_IS)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
-class FullPrecision(Contender):
+class FullPrecision(Method):
     """The model as it is stored, computed in float32."""
 
     name = "full_precision"
     title = "full precision"
 
     @override
-    def refusal(self, bench: Bench) -> None:
+    def refusal(self, bench: MethodInputs) -> None:
         return None
 
     @override
-    def decides(self, bench: Bench) -> Mapping[str, Any]:
+    def decides(self, bench: MethodInputs) -> Mapping[str, Any]:
         return {}
 
     @override
-    def measure(self, bench: Bench, folder: Path) -> Row:
+    def measure(self, bench: MethodInputs, folder: Path) -> Row:
         return Row(self.name, self.title, **measure_apart(bench, folder, bench.model.source.folder))
 
 
-class BitsAndBytes(Contender):
+class BitsAndBytes(Method):
     """A format of bitsandbytes, whatever the scheme.
 
     Args:
@@ -77,14 +77,14 @@ class BitsAndBytes(Contender):
         self.note = _NOTES[name]
 
     @override
-    def refusal(self, bench: Bench) -> str | None:
+    def refusal(self, bench: MethodInputs) -> str | None:
         return None if is_installed() else "bitsandbytes is not installed: pip install 'omniquant-pl[bnb]'"
 
     @override
-    def decides(self, bench: Bench) -> Mapping[str, Any]:
+    def decides(self, bench: MethodInputs) -> Mapping[str, Any]:
         return {"bitsandbytes": version("bitsandbytes"), "device": bench.device.partition(":")[0]}
 
     @override
-    def measure(self, bench: Bench, folder: Path) -> Row:
+    def measure(self, bench: MethodInputs, folder: Path) -> Row:
         figures = measure_apart(bench, folder, bench.model.source.folder, self.name)
         return Row(self.name, self.title, **figures)

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from omniquant_pl import __version__
-from omniquant_pl.checkpoint.files import replace_file
 from omniquant_pl.data.text import Text
 from omniquant_pl.data.tokens import encode
+from omniquant_pl.utils.files import replace_file
 
 __all__ = ["encode_stream"]
 

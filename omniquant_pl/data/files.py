@@ -6,9 +6,9 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from omniquant_pl.checkpoint.pointers import refuse_pointer
+from omniquant_pl.checkpoint.pointers import check_not_pointer
 from omniquant_pl.data.decoding import MARK, read_decoded
-from omniquant_pl.data.text import Role, Text, checked_text, checked_texts, key_of, refuse_empty, wrong_column
+from omniquant_pl.data.text import Role, Text, check_not_empty, checked_text, checked_texts, key_of, wrong_column
 from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["SUFFIXES", "TOKEN_SUFFIX", "read_file", "resolve"]
@@ -39,7 +39,7 @@ def resolve(name: str, role: Role) -> Path:
         raise ConfigurationError(key_of(role), f"there is no file '{name}'")
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigurationError(key_of(role), f"'{name}' is none of {', '.join(SUFFIXES)}")
-    refuse_pointer(path, key_of(role))
+    check_not_pointer(path, key_of(role))
     return path
 
 
@@ -67,14 +67,14 @@ def read_file(path: Path, role: Role) -> Text:
 
 def _read_txt(path: Path, role: Role) -> list[str]:
     text = read_decoded(path)
-    refuse_empty([text], f"'{path}'", role)
+    check_not_empty([text], f"'{path}'", role)
     return [text]
 
 
 def _read_jsonl(path: Path, role: Role) -> list[str]:
     lines = (line.strip(f"{MARK} \t") for line in read_decoded(path).split("\n"))  # files put together keep their marks
     texts = [_json_text(line, f"'{path}', line {number},", role) for number, line in enumerate(lines, 1) if line]
-    refuse_empty(texts, f"'{path}'", role)
+    check_not_empty(texts, f"'{path}'", role)
     return texts
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from omniquant_pl.data.decoding import whole_text
 from omniquant_pl.errors import ConfigurationError
 
-__all__ = ["Role", "Text", "checked_text", "checked_texts", "key_of", "refuse_empty", "wrong_column"]
+__all__ = ["Role", "Text", "check_not_empty", "checked_text", "checked_texts", "key_of", "wrong_column"]
 
 Role = Literal["calibration", "evaluation"]
 
@@ -53,7 +53,7 @@ def checked_texts(texts: Sequence[object], where: str, column: str, role: Role) 
         ConfigurationError: If a row is no text, or all of them are empty.
     """
     strings = [checked_text(text, where, f"'{column}', row {row},", role) for row, text in enumerate(texts)]
-    refuse_empty(strings, where, role)
+    check_not_empty(strings, where, role)
     return strings
 
 
@@ -76,7 +76,7 @@ def checked_text(text: object, where: str, column: str, role: Role) -> str:
         raise ConfigurationError(key_of(role), message) from error
 
 
-def refuse_empty(texts: Sequence[str], where: str, role: Role) -> None:
+def check_not_empty(texts: Sequence[str], where: str, role: Role) -> None:
     """Refuse a dataset without a character.
 
     Args:

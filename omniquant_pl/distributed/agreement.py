@@ -15,13 +15,13 @@ from torch import Tensor
 from omniquant_pl.distributed.group import Group
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 
-__all__ = ["refuse_differing", "refuse_separate_folders", "refuse_unequal"]
+__all__ = ["check_agreement", "check_equal_blocks", "check_shared_folder"]
 
 _PACKAGES = ("omniquant-pl", "torch", "lightning", "transformers", "safetensors", "numpy")
 _KEYS = {"settings": "--config", "model": "model.path", "data": "data.dataset"}
 
 
-def refuse_differing(fingerprint: Mapping[str, str], group: Group) -> None:
+def check_agreement(fingerprint: Mapping[str, str], group: Group) -> None:
     """Refuses processes that would calibrate something else than the first, or with other libraries.
 
     Args:
@@ -46,7 +46,7 @@ def refuse_differing(fingerprint: Mapping[str, str], group: Group) -> None:
                 raise ConfigurationError("trainer.num_nodes", message)
 
 
-def refuse_separate_folders(path: Path, group: Group) -> None:
+def check_shared_folder(path: Path, group: Group) -> None:
     """Refuses a run folder that is not the same one in all processes.
 
     Raises:
@@ -69,7 +69,7 @@ def refuse_separate_folders(path: Path, group: Group) -> None:
         mark.unlink()
 
 
-def refuse_unequal(index: int, tensors: Iterable[Tensor], group: Group) -> None:
+def check_equal_blocks(index: int, tensors: Iterable[Tensor], group: Group) -> None:
     """Refuses a block that the processes of a group have folded differently.
 
     Args:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 
-__all__ = ["FailedElsewhereError", "Group"]
+__all__ = ["Group", "RemoteRankError"]
 
 _T = TypeVar("_T")
 
 
-class FailedElsewhereError(ConfigurationError):
+class RemoteRankError(ConfigurationError):
     """What another process of the group has failed with; that one says it.
 
     Args:
@@ -127,7 +127,7 @@ class Group:
 
         Raises:
             ConfigurationError: As inside.
-            FailedElsewhereError: If it was another process.
+            RemoteRankError: If it was another process.
         """
         error: ConfigurationError | CalibrationError | None = None
         try:
@@ -140,4 +140,4 @@ class Group:
             return
         if error is not None and first == self.rank:
             raise error
-        raise FailedElsewhereError(str(messages[first]))
+        raise RemoteRankError(str(messages[first]))

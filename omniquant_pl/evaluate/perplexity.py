@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from omniquant_pl.activations import Room, Stream, map_stream
 from omniquant_pl.checkpoint import BlockCall, SourceModel
 from omniquant_pl.distributed import Group
-from omniquant_pl.memory import return_free_memory
+from omniquant_pl.hidden_states import HiddenStates, MemoryBudget, map_hidden_states
+from omniquant_pl.utils.memory import return_free_memory
 
 __all__ = ["BlockBuilder", "CalledBlock", "original_blocks", "perplexity"]
 
@@ -53,7 +53,7 @@ def perplexity(
     source: SourceModel,
     build: BlockBuilder,
     tokens: Tensor,
-    room: Room,
+    room: MemoryBudget,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     group: Group | None = None,
 ) -> float:
@@ -82,7 +82,7 @@ def _mean_loss(
     source: SourceModel,
     build: BlockBuilder,
     tokens: Tensor,
-    room: Room,
+    room: MemoryBudget,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> float:
     """The mean negative log-likelihood over this process's tokens."""
@@ -90,18 +90,18 @@ def _mean_loss(
     with source.on(room.device):
         calls = source.calls(tokens.shape[1])
         with context():
-            hidden = map_stream(source.embed, tokens, storage)
+            hidden = map_hidden_states(source.embed, tokens, storage)
     with context():
         for index in range(len(source)):
             block = build(index, source.block_tensors(index), calls[index]).to(room.device)
-            hidden = map_stream(lambda batch, block=block: block(batch).float(), hidden, storage)  # type: ignore[misc]
+            hidden = map_hidden_states(lambda batch, block=block: block(batch).float(), hidden, storage)  # type: ignore[misc]
             del block
             return_free_memory()
     with source.on(room.device):
         return _mean_loss_of(source, hidden, tokens.to(room.device))
 
 
-def _mean_loss_of(source: SourceModel, hidden: Stream, tokens: Tensor) -> float:
+def _mean_loss_of(source: SourceModel, hidden: HiddenStates, tokens: Tensor) -> float:
     """The same from the last block's output, window by window."""
     mean = MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
     for states, window in zip(hidden.parts(1), tokens.split(1), strict=True):

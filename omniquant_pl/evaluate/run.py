@@ -10,11 +10,11 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from omniquant_pl.activations import Room
 from omniquant_pl.distributed import Group
 from omniquant_pl.evaluate.perplexity import BlockBuilder, original_blocks, perplexity
+from omniquant_pl.hidden_states import MemoryBudget
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import VARIANTS, RunFolder
+from omniquant_pl.run.folder import VARIANTS, RunFolder
 
 __all__ = ["VARIANTS", "Evaluation", "perplexity_table"]
 
@@ -36,7 +36,7 @@ class Evaluation:
         model: OmniQuantModel,
         folder: RunFolder,
         tokens: Mapping[str, Tensor],
-        room: Room,
+        room: MemoryBudget,
         context: Callable[[], AbstractContextManager[Any]],
         group: Group | None = None,
     ) -> None:

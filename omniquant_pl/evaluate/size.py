@@ -12,7 +12,7 @@ def model_sizes(model: OmniQuantModel) -> dict[str, int]:
     """Bytes of the checkpoint as it is, and with packed codes, scales and zero points for the quantized weights."""
     source, weights = model.source, model.quantized_weights
     full = quantized = 0
-    for name in {*source.checkpoint.names(), *source.surrounding_names}:
+    for name in {*source.checkpoint.names(), *source.non_block_names}:
         info = source.describe(name)
         size = info.elements * info.element_bytes
         full += size if name in source.checkpoint else 0  # a rotation gives a tied head a weight of its own

@@ -12,10 +12,12 @@ from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError, one_line
 from omniquant_pl.runtime import load_packed
 
-__all__ = ["open_exported", "open_original"]
+__all__ = ["open_exported", "open_full_precision"]
 
 
-def open_original(source: SourceModel, dtype: torch.dtype, device: torch.device, trusts_code: bool) -> PreTrainedModel:
+def open_full_precision(
+    source: SourceModel, dtype: torch.dtype, device: torch.device, trusts_code: bool
+) -> PreTrainedModel:
     """Loads the model as it is stored.
 
     Args:

@@ -1,12 +1,12 @@
 """Folders that other programs load, one format a file."""
 
-from omniquant_pl.export.folder import refuse_target
+from omniquant_pl.export.folder import check_target
 from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.hf import HfExport
 from omniquant_pl.export.hub import HubRepository
 from omniquant_pl.export.registry import FORMATS, FormatName, open_format
 from omniquant_pl.export.runnable import open_runnable
-from omniquant_pl.export.verification import Verification, refuse_differing, verification_table
+from omniquant_pl.export.verification import Verification, check_agreement, verification_table
 
 __all__ = [
     "FORMATS",
@@ -16,9 +16,9 @@ __all__ = [
     "HubRepository",
     "StorageDtype",
     "Verification",
+    "check_agreement",
+    "check_target",
     "open_format",
     "open_runnable",
-    "refuse_differing",
-    "refuse_target",
     "verification_table",
 ]

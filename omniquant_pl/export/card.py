@@ -11,7 +11,7 @@ import yaml
 from omniquant_pl.export.card_metadata import card_metadata
 from omniquant_pl.export.remote_code import drops_code
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import MADE_BY, VARIANTS, RunFolder
+from omniquant_pl.run.folder import MADE_BY, VARIANTS, RunFolder
 
 __all__ = ["model_card"]
 

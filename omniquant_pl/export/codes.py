@@ -8,7 +8,7 @@ from torch import Tensor
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.quant import QuantizedWeight
 
-__all__ = ["refuse_wide_scale", "unsigned_codes"]
+__all__ = ["check_scale_range", "unsigned_codes"]
 
 
 def unsigned_codes(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def unsigned_codes(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
     return (weight.codes.int() + half).to(torch.uint8), zero_point
 
 
-def refuse_wide_scale(weight: QuantizedWeight, name: str) -> None:
+def check_scale_range(weight: QuantizedWeight, name: str) -> None:
     """Refuses scales that float16, which is all that some formats have, does not hold.
 
     Raises:

@@ -25,7 +25,7 @@ from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.export.structure import expert_linears, first_refusal, ragged_refusal, rewritten_linears
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.affine import QuantizedWeight
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 
 __all__ = ["CompressedTensorsExport"]
 

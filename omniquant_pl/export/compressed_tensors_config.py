@@ -132,7 +132,7 @@ def _ignored(source: SourceModel) -> list[str]:
     unread = [name.rpartition(".")[2] for name in source.family.unread]
     around = [
         name.removesuffix(".weight")
-        for name in source.surrounding_names
+        for name in source.non_block_names
         if name.endswith(".weight")
         and len(source.describe(name).shape) == 2
         and not any(part in unread for part in name.split("."))

@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 from typing_extensions import override
 
-from omniquant_pl.checkpoint import write_text
 from omniquant_pl.export.card import model_card
-from omniquant_pl.export.folder import whole_folder
+from omniquant_pl.export.folder import atomic_directory
 from omniquant_pl.export.format import Export
-from omniquant_pl.factor_file import FACTOR_FILE, write_factor_file
+from omniquant_pl.initialization.factor_file import FACTOR_FILE, write_factor_file
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.utils.files import write_text
 
 __all__ = ["FactorsExport"]
 
@@ -41,7 +41,7 @@ class FactorsExport(Export):
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
-        with whole_folder(output, run.path, model.source.folder) as target:
+        with atomic_directory(output, run.path, model.source.folder) as target:
             content = {"model": model.path, "scheme": model.scheme.name}
             write_factor_file(target / FACTOR_FILE, run, model.source, content)
             write_text(target / _SETTINGS, yaml.safe_dump(_settings(model), sort_keys=False))

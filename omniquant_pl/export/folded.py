@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.checkpoint import BlockCall
-from omniquant_pl.memory import return_free_memory
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import WeightSpec
+from omniquant_pl.utils.memory import return_free_memory
 
 __all__ = ["FoldedModel", "FoldedTensors", "LinearWeight"]
 
@@ -58,7 +58,7 @@ class FoldedModel:
     """
 
     def __init__(self, model: OmniQuantModel, folder: RunFolder) -> None:
-        folder.refuse_unfinished(len(model.source))
+        folder.check_finished(len(model.source))
         self._model = model
         self._source = model.source
         self._folder = folder
@@ -73,9 +73,9 @@ class FoldedModel:
         return len(self._source)
 
     @property
-    def surrounding_names(self) -> tuple[str, ...]:
+    def non_block_names(self) -> tuple[str, ...]:
         """Names of the tensors outside the blocks, sorted."""
-        return self._source.surrounding_names
+        return self._source.non_block_names
 
     def block_names(self, index: int) -> tuple[str, ...]:
         """Names of a block's tensors in the checkpoint, those of quantized weights among them."""
@@ -87,13 +87,13 @@ class FoldedModel:
 
     def exact_dtype(self, name: str) -> torch.dtype:
         """Returns what holds a tensor that is not quantized exactly: the source's dtype where folding left it alone."""
-        if self._model.rotation is not None or name not in self.surrounding_names:
+        if self._model.rotation is not None or name not in self.non_block_names:
             return torch.float32
         return _DTYPES.get(self._source.describe(name).dtype, torch.float32)
 
-    def surroundings(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields the tensors outside the blocks, in the order of :attr:`surrounding_names`."""
-        return self._source.surroundings()
+    def non_block_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors outside the blocks, in the order of :attr:`non_block_names`."""
+        return self._source.non_block_tensors()
 
     def block(self, index: int) -> FoldedTensors:
         """Folds one block, as the run did.

@@ -10,9 +10,9 @@ from pathlib import Path
 from omniquant_pl.checkpoint.hub_files import LEGAL_FILES, TEMPLATES, TOKENIZER_FILES
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.remote_code import copy_code, rewrite
-from omniquant_pl.run_folder import is_export
+from omniquant_pl.run.folder import is_export
 
-__all__ = ["copy_companions", "refuse_target", "whole_folder"]
+__all__ = ["atomic_directory", "check_target", "copy_auxiliary_files"]
 
 _COMPANIONS = (
     "generation_config.json",
@@ -22,7 +22,7 @@ _COMPANIONS = (
 )
 
 
-def copy_companions(source: Path, target: Path, trusts_code: bool) -> None:
+def copy_auxiliary_files(source: Path, target: Path, trusts_code: bool) -> None:
     """Copy tokenizer, image processor, generation configuration, chat templates and licence of a model folder.
 
     Args:
@@ -42,7 +42,7 @@ def copy_companions(source: Path, target: Path, trusts_code: bool) -> None:
         copy_code(source, target)
 
 
-def refuse_target(target: Path, run: Path, source: Path, key: str = "output", is_replaced: bool = True) -> None:
+def check_target(target: Path, run: Path, source: Path, key: str = "output", is_replaced: bool = True) -> None:
     """Refuses a folder that an export must not take the place of, as all that is there would be gone.
 
     Args:
@@ -84,7 +84,7 @@ def _holds_templates(folder: Path) -> bool:
 
 
 @contextmanager
-def whole_folder(target: Path, run: Path, source: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, run: Path, source: Path) -> Iterator[Path]:
     """Yields a folder to fill, which takes the target's place only if nothing went wrong.
 
     Args:
@@ -95,7 +95,7 @@ def whole_folder(target: Path, run: Path, source: Path) -> Iterator[Path]:
     Raises:
         ConfigurationError: If it cannot be made there, or its place must not be taken.
     """
-    refuse_target(target, run, source)
+    check_target(target, run, source)
     target = target.resolve()  # of a link, what it leads to is replaced; and "." has a name
     filling, previous = (target.with_name(f".{target.name}.{state}") for state in ("filling", "previous"))
     shutil.rmtree(filling, ignore_errors=True)

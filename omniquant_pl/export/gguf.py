@@ -15,10 +15,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from omniquant_pl import __version__
-from omniquant_pl.checkpoint import SourceModel, write_json, write_text
+from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.export.card import model_card
 from omniquant_pl.export.folded import FoldedModel
-from omniquant_pl.export.folder import copy_companions, whole_folder
+from omniquant_pl.export.folder import atomic_directory, copy_auxiliary_files
 from omniquant_pl.export.format import Client, Export
 from omniquant_pl.export.gguf_clients import llama_cpp_logits
 from omniquant_pl.export.gguf_metadata import Value, hyperparameters, refusal, rotary_tensors
@@ -29,7 +29,8 @@ from omniquant_pl.export.narrowing import narrowed
 from omniquant_pl.export.remote_code import config_for
 from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.utils.files import write_json, write_text
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -68,16 +69,16 @@ class GgufExport(Export):
             return f"llama.cpp does not know {kind} as this writes it; known: {', '.join(sorted(ARCHITECTURES))}"
         return (
             refusal(kind, source.config)
-            or _refuse_tensors(source, kind)
+            or _check_tensors(source, kind)
             or first_refusal(model, linear_refusal)
-            or _refuse_tokenizer(source)
+            or _check_tokenizer(source)
         )
 
     @override
     def check_values(self, model: OmniQuantModel) -> None:
         if self.dtype is None:
             return
-        for name, tensor in model.source.surroundings():
+        for name, tensor in model.source.non_block_tensors():
             if tensor.ndim > 1:  # llama.cpp has vectors in float32
                 narrowed(tensor, getattr(torch, self.dtype), name)
 
@@ -86,10 +87,10 @@ class GgufExport(Export):
         folded = FoldedModel(model, run)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         plan = GgufPlan(model.source, folded, ARCHITECTURES[model_type(model.source)], dtype)
-        with whole_folder(output, run.path, model.source.folder) as target:
+        with atomic_directory(output, run.path, model.source.folder) as target:
             self._write_file(model, folded, plan, target)
             write_json(target / "config.json", config_for(model))
-            copy_companions(model.source.folder, target, model.trust_remote_code)
+            copy_auxiliary_files(model.source.folder, target, model.trust_remote_code)
             write_text(target / "README.md", model_card(model, run, _storage(plan), library=self.library))
 
     def _write_file(self, model: OmniQuantModel, folded: FoldedModel, plan: GgufPlan, target: Path) -> None:
@@ -112,7 +113,7 @@ class GgufExport(Export):
             writer.close()
 
 
-def _refuse_tensors(source: SourceModel, kind: str) -> str | None:
+def _check_tensors(source: SourceModel, kind: str) -> str | None:
     """Returns which tensor llama.cpp has no place for."""
     architecture = ARCHITECTURES[kind]
     for index in (None, *range(len(source))):
@@ -126,7 +127,7 @@ def _refuse_tensors(source: SourceModel, kind: str) -> str | None:
     return None
 
 
-def _refuse_tokenizer(source: SourceModel) -> str | None:
+def _check_tokenizer(source: SourceModel) -> str | None:
     if source.found_tokenizer.complaint is not None:
         return source.found_tokenizer.complaint
     try:
@@ -200,9 +201,9 @@ def _add_infos(writer: GGUFWriter, rotary: Mapping[str, Tensor], tensors: Iterab
 
 def _contents(folded: FoldedModel, plan: GgufPlan) -> Iterable[Tensor]:
     """Yields the bytes of the tensors in order, with one block in memory at a time."""
-    for name, tensor in folded.surroundings():
-        if name in plan.surroundings:
-            yield plan.surroundings[name].pack([tensor])
+    for name, tensor in folded.non_block_tensors():
+        if name in plan.non_block_tensors:
+            yield plan.non_block_tensors[name].pack([tensor])
     for index, tensors in enumerate(plan.blocks):
         block = folded.block(index)
         parts: dict[str, Any] = {**block.tensors, **{f"{name}.weight": w for name, w in block.weights.items()}}

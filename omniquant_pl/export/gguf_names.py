@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from omniquant_pl.arch import Experts
+from omniquant_pl.families import Experts
 from omniquant_pl.transform import AttentionShape, Part
 
 __all__ = ["ARCHITECTURES", "Architecture", "Place"]
@@ -45,7 +45,7 @@ class Architecture:
     Attributes:
         name: ``general.architecture``.
         block: Names in the file, after ``blk.<index>.``, by the names of modules in a block.
-        surroundings: Names in the file by the ends of the names of the modules around the blocks.
+        non_block_tensors: Names in the file by the ends of the names of the modules around the blocks.
         biases: Names in the file of what may have a bias.
         rows: Orders of rows by name in the file.
         norm_offset: What is added to the weights of norms, which the family multiplies by one plus their weight.
@@ -56,7 +56,7 @@ class Architecture:
 
     name: str
     block: Mapping[str, str]
-    surroundings: Mapping[str, str]
+    non_block_tensors: Mapping[str, str]
     biases: frozenset[str]
     rows: Mapping[str, _Rows]
     norm_offset: float = 0.0
@@ -79,10 +79,10 @@ class Architecture:
             return Place(f"blk.{index}.{kind}.weight", expert=number)
         return self._place(f"blk.{index}.", self.block.get(module), leaf)
 
-    def surrounding_place(self, name: str) -> Place | None:
+    def non_block_place(self, name: str) -> Place | None:
         """Returns where a tensor around the blocks stands, ``None`` if llama.cpp has no place for it."""
         module, _, leaf = name.rpartition(".")
-        return self._place("", self.surroundings.get(module.rpartition(".")[2]), leaf)
+        return self._place("", self.non_block_tensors.get(module.rpartition(".")[2]), leaf)
 
     def _place(self, prefix: str, own: str | None, leaf: str) -> Place | None:
         if own is None or (leaf == "bias" and own not in self.biases) or leaf not in ("weight", "bias"):

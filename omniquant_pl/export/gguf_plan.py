@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.checkpoint import SourceModel
-from omniquant_pl.export.codes import refuse_wide_scale
+from omniquant_pl.export.codes import check_scale_range
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
 from omniquant_pl.export.gguf_blocks import BLOCK_TYPES, BlockType, exact_type
 from omniquant_pl.export.gguf_names import Architecture, Place
@@ -73,7 +73,7 @@ class FileTensor:
     def _pack(self, part: Tensor | QuantizedWeight) -> Tensor:
         if isinstance(part, QuantizedWeight) and isinstance(self.kind, BlockType):
             assert self.spec is not None
-            refuse_wide_scale(part, self.name)
+            check_scale_range(part, self.name)
             return self.kind.pack(self._ordered(part), self.spec)
         assert isinstance(self.kind, torch.dtype)
         values = part.dequantize() if isinstance(part, QuantizedWeight) else part.float()
@@ -119,8 +119,8 @@ def places(source: SourceModel, architecture: Architecture, index: int | None) -
             yield stored, architecture.block_place(index, name, experts)
         return
     unread = {module.rpartition(".")[2] for module in source.family.unread}
-    for name in source.surrounding_names:
-        place = architecture.surrounding_place(name)
+    for name in source.non_block_names:
+        place = architecture.non_block_place(name)
         is_repeated = place is not None and place.name == "output.weight" and is_tied(source)
         if not (is_repeated or architecture.is_unused(name) or unread & set(name.split("."))):
             yield name, place
@@ -136,7 +136,7 @@ class GgufPlan:
         dtype: Storage of matrices that no block holds; ``None`` for what holds them exactly.
 
     Attributes:
-        surroundings: Tensors around the blocks, by their names in the checkpoint.
+        non_block_tensors: Tensors around the blocks, by their names in the checkpoint.
         blocks: Those of every block.
     """
 
@@ -147,13 +147,13 @@ class GgufPlan:
         self._folded = folded
         self._architecture = architecture
         self._dtype = dtype
-        self.surroundings = {tensor.parts[0]: tensor for tensor in self._tensors(None)}
+        self.non_block_tensors = {tensor.parts[0]: tensor for tensor in self._tensors(None)}
         self.blocks = [self._tensors(index) for index in range(len(folded))]
 
     @property
     def tensors(self) -> list[FileTensor]:
         """All of them, in order."""
-        return [*self.surroundings.values(), *(tensor for block in self.blocks for tensor in block)]
+        return [*self.non_block_tensors.values(), *(tensor for block in self.blocks for tensor in block)]
 
     def _tensors(self, index: int | None) -> list[FileTensor]:
         found: dict[str, dict[int, tuple[str, Place]]] = {}

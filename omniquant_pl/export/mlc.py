@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from omniquant_pl.checkpoint import SourceModel, write_json, write_text
+from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.card import model_card
-from omniquant_pl.export.codes import refuse_wide_scale
+from omniquant_pl.export.codes import check_scale_range
 from omniquant_pl.export.folded import FoldedModel, FoldedTensors
-from omniquant_pl.export.folder import copy_companions, whole_folder
+from omniquant_pl.export.folder import atomic_directory, copy_auxiliary_files
 from omniquant_pl.export.format import Client, Export
 from omniquant_pl.export.mlc_cache import write_tensor_cache
 from omniquant_pl.export.mlc_codes import pack_codes, weight_refusal
@@ -25,7 +25,8 @@ from omniquant_pl.export.narrowing import narrowed
 from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.utils.files import write_json, write_text
 
 __all__ = ["MlcExport"]
 
@@ -75,18 +76,18 @@ class MlcExport(Export):
 
     @override
     def check_values(self, model: OmniQuantModel) -> None:
-        for name, tensor in model.source.surroundings():
+        for name, tensor in model.source.non_block_tensors():
             _half(name, tensor)
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         source, folded = model.source, FoldedModel(model, run)
-        names = [*folded.surrounding_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
+        names = [*folded.non_block_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
         weights = sum(torch.Size(folded.shape(name)).numel() for name in names)
-        with whole_folder(output, run.path, source.folder) as target:
+        with atomic_directory(output, run.path, source.folder) as target:
             tensors = _tensors(source, folded, FAMILIES[model_type(source)])
             write_tensor_cache(target, tensors, weights, min(self.shard_bytes, _LARGEST_SHARD))
-            copy_companions(source.folder, target, model.trust_remote_code)
+            copy_auxiliary_files(source.folder, target, model.trust_remote_code)
             write_json(target / "mlc-chat-config.json", _chat_config(source, target))
             write_text(target / "README.md", model_card(model, run, _STORAGE, library=self.library))
 
@@ -94,7 +95,7 @@ class MlcExport(Export):
 def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Iterator[tuple[str, Tensor]]:
     """Yields all tensors by MLC-LLM's names, with one block in memory at a time."""
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    for name, tensor in folded.surroundings():
+    for name, tensor in folded.non_block_tensors():
         own = names.get(name.removeprefix("model."), name)
         if not (name.endswith(".inv_freq") or (own == "lm_head.weight" and is_tied(source))):
             yield own, _half(own, tensor)
@@ -126,7 +127,7 @@ def _block(
 
 
 def _pack(weight: QuantizedWeight, linear: str, folded: FoldedModel) -> tuple[Tensor, Tensor]:
-    refuse_wide_scale(weight, linear)
+    check_scale_range(weight, linear)
     return pack_codes(weight, folded.linears[linear].spec)
 
 

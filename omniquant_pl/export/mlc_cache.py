@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniquant_pl.checkpoint import write_json
+from omniquant_pl.utils.files import write_json
 
 __all__ = ["write_tensor_cache"]
 

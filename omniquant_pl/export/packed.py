@@ -18,7 +18,7 @@ from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.quant.storage import overflowing_value
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.runtime import load_packed
 from omniquant_pl.runtime.codec import encode, stored_tensors
 from omniquant_pl.runtime.folder import PackedFolder

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from omniquant_pl.checkpoint import write_json
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.utils.files import write_json
 
 __all__ = ["config_for", "copy_code", "drops_code", "rewrite", "without_missing_code"]
 

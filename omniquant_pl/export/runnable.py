@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from omniquant_pl.checkpoint.tokenizer import open_tokenizer
 from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.runtime import load_packed
 from omniquant_pl.runtime.folder import PackedFolder
 

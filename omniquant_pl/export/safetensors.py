@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from omniquant_pl.checkpoint import write_json, write_text
 from omniquant_pl.export.card import model_card
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
-from omniquant_pl.export.folder import copy_companions, whole_folder
+from omniquant_pl.export.folder import atomic_directory, copy_auxiliary_files
 from omniquant_pl.export.format import Export
 from omniquant_pl.export.narrowing import narrowed
 from omniquant_pl.export.remote_code import config_for
 from omniquant_pl.export.shards import ShardWriter, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.utils.files import write_json, write_text
 
 __all__ = ["SafetensorsExport", "Stored"]
 
@@ -64,26 +64,26 @@ class SafetensorsExport(Export):
     def check_values(self, model: OmniQuantModel) -> None:
         if self.dtype is None:
             return
-        for name, tensor in model.source.surroundings():
+        for name, tensor in model.source.non_block_tensors():
             narrowed(tensor, getattr(torch, self.dtype), name)
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
-        with whole_folder(output, run.path, model.source.folder) as target:
+        with atomic_directory(output, run.path, model.source.folder) as target:
             planned = self._planned(folded)
             writer = ShardWriter(target, planned, self.shard_bytes)
             writer.add((name, narrowed(tensor, planned[name][1], name)) for name, tensor in self._tensors(folded))
             writer.finish()
             write_json(target / "config.json", self._config(model))
-            copy_companions(model.source.folder, target, model.trust_remote_code)
+            copy_auxiliary_files(model.source.folder, target, model.trust_remote_code)
             quantizes = any(client.quantizes_activations for client in self.clients)
             write_text(target / "README.md", model_card(model, run, self.storage(model), quantizes, self.library))
 
     def _planned(self, folded: FoldedModel) -> dict[str, Stored]:
         """What will be stored, in the order of :meth:`_tensors`."""
         planned: dict[str, Stored] = {}
-        names = [*folded.surrounding_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
+        names = [*folded.non_block_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
         for name in names:
             linear = folded.linears.get(name.removesuffix(".weight"))
             if linear is None:
@@ -95,7 +95,7 @@ class SafetensorsExport(Export):
 
     def _tensors(self, folded: FoldedModel) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors in order; those that are not quantized have not been rounded to what is stored yet."""
-        yield from folded.surroundings()
+        yield from folded.non_block_tensors()
         for index in range(len(folded)):
             yield from self._block_tensors(folded, index)
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from omniquant_pl.checkpoint import write_json
+from omniquant_pl.utils.files import write_json
 
 __all__ = ["ShardWriter", "Stored"]
 

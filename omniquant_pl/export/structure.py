@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniquant_pl.arch import BlockLayout
 from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.families import BlockLayout
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.affine import group_size_of
 from omniquant_pl.spec import WeightSpec

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.export.format import Client, Export
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 
-__all__ = ["ClientResult", "Verification", "calibrated_logits", "refuse_differing", "verification_table"]
+__all__ = ["ClientResult", "Verification", "calibrated_logits", "check_agreement", "verification_table"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def verification_table(results: list[ClientResult]) -> Table:
     return table
 
 
-def refuse_differing(results: list[ClientResult]) -> None:
+def check_agreement(results: list[ClientResult]) -> None:
     """Refuses an export that a program does not compute the calibrated model from.
 
     Raises:

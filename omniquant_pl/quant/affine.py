@@ -26,7 +26,7 @@ __all__ = [
     "to_rows",
 ]
 
-_OF_NOTHING = 2.0**-14
+EMPTY_GROUP_SCALE = 2.0**-14
 """The scale of a group without extent: float16's smallest normal number."""
 
 
@@ -118,8 +118,8 @@ def scale_and_zero_point(
     _, highest_code = code_limits(bits, symmetric)
     extent = torch.maximum(-low, high) if symmetric else high - low
     scale = (extent / highest_code).clamp(min=smallest)
-    if smallest < _OF_NOTHING:  # no program's dtype is too small for a scale that nothing depends on
-        scale = torch.where(extent > 0, scale, _OF_NOTHING)
+    if smallest < EMPTY_GROUP_SCALE:  # no program's dtype is too small for a scale that nothing depends on
+        scale = torch.where(extent > 0, scale, EMPTY_GROUP_SCALE)
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(low.dtype)
     if symmetric:

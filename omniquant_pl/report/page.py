@@ -10,11 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from omniquant_pl.checkpoint import write_text
 from omniquant_pl.report.figures import channel_panels, clipping_panels, cost_panels, error_panels, loss_panels
 from omniquant_pl.report.record import Record
-from omniquant_pl.run_folder import VARIANTS, RunFolder
-from omniquant_pl.wording import bytes_in_words, number, scientific, seconds_in_words
+from omniquant_pl.run.folder import VARIANTS, RunFolder
+from omniquant_pl.utils.files import write_text
+from omniquant_pl.utils.formatting import format_bytes, format_seconds, number, scientific
 
 __all__ = ["render", "write_report"]
 
@@ -48,7 +48,7 @@ def render(record: Record, blocks: int | None = None, refresh_seconds: int | Non
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(number=number, scientific=scientific, size=bytes_in_words, time=seconds_in_words)
+    environment.filters.update(number=number, scientific=scientific, size=format_bytes, time=format_seconds)
     tasks = record.metrics.get("zero_shot", {})
     sections = [
         ("Error", "What each block loses.", error_panels(record)),

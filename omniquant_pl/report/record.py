@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omniquant_pl.checkpoint import write_json
 from omniquant_pl.report.statistics import BlockStatistics
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.utils.files import write_json
 
 __all__ = ["Record"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniquant_pl.factors import BlockFactors
+from omniquant_pl.blocks.factors import BlockFactors
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.transform import Pair
 

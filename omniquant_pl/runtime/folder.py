@@ -56,13 +56,13 @@ class PackedFolder:
         self._checkpoint = Checkpoint(folder, _KEY)
         self.names = frozenset(self._checkpoint.names())
         stored = sum(_bytes(self._checkpoint, name) for name in self.names)
-        self._refuse_sizes(self.config, stored)
+        self._check_sizes(self.config, stored)
 
-    def _refuse_sizes(self, section: Mapping[str, Any], stored: int) -> None:
+    def _check_sizes(self, section: Mapping[str, Any], stored: int) -> None:
         """Refuses a model that cannot be what is stored: to build it would take memory or time without end."""
         for key, value in section.items():
             if isinstance(value, Mapping):
-                self._refuse_sizes(value, stored)
+                self._check_sizes(value, stored)
             elif isinstance(value, int) and "head" not in key and key.startswith("num_") and value > len(self.names):
                 raise self._refusal(f"{key} is {value}, but {len(self.names)} tensors are stored")
             elif isinstance(value, int) and key.endswith(("_size", "_dim", "_heads")) and value > stored:
@@ -71,7 +71,7 @@ class PackedFolder:
     def _refusal(self, message: str) -> ConfigurationError:
         return ConfigurationError(_KEY, f"{self.config_file}: {message}")
 
-    def refuse_others(self, slots: Mapping[str, Slot]) -> None:
+    def check_exclusive(self, slots: Mapping[str, Slot]) -> None:
         """Compares the headers with what the model needs, and reads no tensor.
 
         Raises:

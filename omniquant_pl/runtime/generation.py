@@ -143,7 +143,7 @@ def generate(
             or there is no chat template.
     """
     tokens = _encode(tokenizer, prompt, chat).to(model.device)
-    _refuse_unknown(tokens, tokenizer, model)
+    _check_known(tokens, tokenizer, model)
     length = tokens.shape[1]
     positions = int(model.config.get_text_config().max_position_embeddings)
     if length >= positions:
@@ -163,7 +163,7 @@ def _run(model: PreTrainedModel, tokens: Tensor, config: GenerationConfig, strea
         return run(tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=stream)
 
 
-def _refuse_unknown(tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def _check_known(tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Refuses tokens that were added to the tokenizer alone."""
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     unknown = tokens[tokens >= rows]

@@ -9,9 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel
 
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.mistakes.devices import devices_here
 from omniquant_pl.runtime.folder import PackedFolder
 from omniquant_pl.runtime.skeleton import PackedSkeleton
+from omniquant_pl.utils.devices import devices_here
 
 __all__ = ["load_packed", "usable_device", "use_generation_config"]
 
@@ -59,7 +59,7 @@ def load_packed(
     except _NO_MODEL as error:
         reason = " ".join(str(error).removeprefix("model.path: ").split())
         raise ConfigurationError("packed", f"{folder}: config.json and the tensors do not fit: {reason}") from error
-    opened.refuse_others(skeleton.slots)
+    opened.check_exclusive(skeleton.slots)
     opened.fill(skeleton.slots)
     model = skeleton.finish()
     use_generation_config(model, opened.folder)

@@ -7,8 +7,8 @@ import sys
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from omniquant_pl.memory import peak_memory
 from omniquant_pl.runtime.generation import Generation
+from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["generation_table", "memory_line", "weight_bytes", "write_terminal"]
 

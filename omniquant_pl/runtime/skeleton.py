@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from omniquant_pl.arch import BlockLayout, family_of
 from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_experts
 from omniquant_pl.checkpoint.tying import absent_tensors, tie
+from omniquant_pl.families import BlockLayout, family_of
 from omniquant_pl.nn import quantize_attention
 from omniquant_pl.quant.storage import overflowing_value
 from omniquant_pl.runtime.codec import PACKED, SCALE, ZERO_POINT, planes_of, stored_tensors, zero_points_of
@@ -77,7 +77,7 @@ class PackedSkeleton:
                 quantize_attention(block.get_submodule(layout.attention), scheme.activations)
         self._absent = absent_tensors(self._model, lambda name: self._stored_name(name) in names)
         self.slots = dict(self._slots())
-        self._refuse_others()
+        self._check_exclusive()
 
     def _swap_linears(self, block: nn.Module, layout: BlockLayout) -> None:
         for name in layout.linears:
@@ -127,7 +127,7 @@ class PackedSkeleton:
             names = tuple(f"{found.rpartition('.')[0]}.{suffix}" for found in names)
         return next((found for found in names if found in self._names), names[0])
 
-    def _refuse_others(self) -> None:
+    def _check_exclusive(self) -> None:
         missing = next((name for name in self.slots if name not in self._names), None)
         if missing is not None:
             raise ValueError(f"there is no tensor {missing}")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.mistakes.devices import devices_here
+from omniquant_pl.utils.devices import devices_here
 
-__all__ = ["lightning_refusal", "refuse_missing_devices"]
+__all__ = ["check_devices", "lightning_refusal"]
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
-def refuse_missing_devices(options: Mapping[str, Any]) -> None:
+def check_devices(options: Mapping[str, Any]) -> None:
     """Refuses devices that are not here, before Lightning looks for them.
 
     Raises:
@@ -24,11 +24,11 @@ def refuse_missing_devices(options: Mapping[str, Any]) -> None:
     """
     accelerator, devices = options.get("accelerator", "auto"), options.get("devices", "auto")
     if isinstance(accelerator, str):
-        _refuse_accelerator(accelerator)
-        _refuse_count(accelerator, devices)
+        _check_accelerator(accelerator)
+        _check_count(accelerator, devices)
 
 
-def _refuse_accelerator(name: str) -> None:
+def _check_accelerator(name: str) -> None:
     kind, _, index = name.partition(":")
     if kind in ("cuda", "gpu", "mps") and index.isdigit():
         message = f"{name} is not accepted; for that device set it to gpu, and trainer.devices to [{index}]"
@@ -50,7 +50,7 @@ def _cuda_devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _refuse_count(accelerator: str, devices: Any) -> None:
+def _check_count(accelerator: str, devices: Any) -> None:
     wanted = _numbers(devices)
     if wanted is None:
         return

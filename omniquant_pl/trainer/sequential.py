@@ -18,40 +18,35 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from typing_extensions import override
 
-from omniquant_pl.activations import BatchOrder, StreamBatches, Streams
-from omniquant_pl.block import BlockModule
-from omniquant_pl.calibration import Calibration
-from omniquant_pl.checkpoint.guarded import load_latest
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.calibration.engine import Engine, hidden_state_count
+from omniquant_pl.calibration.loop import Calibration
+from omniquant_pl.calibration.resume import ResumeState
 from omniquant_pl.data import CalibrationData
-from omniquant_pl.deciding import DECIDING_TRAINER_KEYS
 from omniquant_pl.distributed import (
     BlockParallelStrategy,
     GroupStrategy,
-    Watch,
-    refuse_differing,
-    refuse_separate_folders,
+    HeartbeatMonitor,
+    check_agreement,
+    check_shared_folder,
 )
-from omniquant_pl.engine import Engine, stream_count
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.fingerprint import fingerprint
-from omniquant_pl.finished import FinishedBlocks
-from omniquant_pl.interruption import Interruption, is_requeued
+from omniquant_pl.hidden_states import BatchOrder, HiddenStateBatches, HiddenStatePair
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
-from omniquant_pl.trainer.comparing import compare_methods
-from omniquant_pl.trainer.exporting import export_run
-from omniquant_pl.trainer.generating import generate_text
-from omniquant_pl.trainer.planning import plan_run
-from omniquant_pl.trainer.refusals import (
-    refuse_compiling,
-    refuse_segments,
-    refuse_settings,
-    refuse_shares,
+from omniquant_pl.run.checkpoints import load_latest
+from omniquant_pl.run.fingerprint import fingerprint
+from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.run.settings import FINGERPRINTED_TRAINER_KEYS
+from omniquant_pl.trainer.block_parallel import SegmentedCalibration, segment_settings
+from omniquant_pl.trainer.checks import (
+    check_compile,
+    check_segments,
+    check_settings,
+    check_shares,
     warn_of_slow_products,
 )
-from omniquant_pl.trainer.run import RunTrainer, seed
-from omniquant_pl.trainer.segmented import SegmentedCalibration, segment_settings
-from omniquant_pl.trainer.testing import measure_run
+from omniquant_pl.trainer.run_trainer import RunTrainer, seed
+from omniquant_pl.utils.signals import SignalHandler, is_requeued
 
 __all__ = ["SequentialTrainer"]
 
@@ -73,20 +68,14 @@ class SequentialTrainer(RunTrainer):
     def __init__(self, *, max_epochs: int = 20, **options: Any) -> None:
         super().__init__(max_epochs=max_epochs, **options)
         self.epochs_per_block, self._least_epochs = max_epochs, self.min_epochs
-        self.interruption = Interruption(self._agree)
+        self.interruption = SignalHandler(self._agree)
         self.fingerprint: dict[str, str] = {}
         self.resumes = False
         self.first_epoch = 0
         self.input_seconds = 0.0
-        self._at_once: int | None = None
+        self._micro_batch_size: int | None = None
         self._resume: tuple[Path, dict[str, Any]] | None = None
         self._early_stopping: list[tuple[Callback, dict[str, Any]]] = []
-
-    test = measure_run  # type: ignore[assignment]
-    export = export_run
-    generate = generate_text
-    compare = compare_methods
-    plan = plan_run
 
     @property
     @override
@@ -110,17 +99,17 @@ class SequentialTrainer(RunTrainer):
         assert isinstance(model, OmniQuantModel)
         assert isinstance(datamodule, CalibrationData)
         self.strategy.setup_environment()
-        with Watch(self.group.rank, self.group.size).watching(), self.interruption.listening():
+        with HeartbeatMonitor(self.group.rank, self.group.size).watching(), self.interruption.listening():
             with self.group.together():
                 checkpoint = self._checkpoint_of(ckpt_path)
                 warn_of_slow_products(self.precision, self.strategy.root_device)
                 tokens = self.prepare(model, datamodule)
                 data_group = self.strategy.mesh.data if isinstance(self.strategy, GroupStrategy) else self.group
-                refuse_compiling(model, datamodule, self.strategy.root_device, data_group)
-                self._refuse_shares(model, datamodule, len(tokens))
+                check_compile(model, datamodule, self.strategy.root_device, data_group)
+                self._check_shares(model, datamodule, len(tokens))
                 self.fingerprint = fingerprint(self._settings(model, datamodule), model.source.folder, tokens)
-                self.announce("on_ready", model)
-            refuse_differing(self.fingerprint, self.group)
+                self.call_hook("on_ready", model)
+            check_agreement(self.fingerprint, self.group)
             with self._locked():
                 self._calibrate(model, datamodule, tokens, checkpoint)
             self.group.barrier()  # whoever has nothing left to do keeps what the others meet at
@@ -139,13 +128,13 @@ class SequentialTrainer(RunTrainer):
             raise ConfigurationError("ckpt_path", message)
         return path
 
-    def _refuse_shares(self, model: OmniQuantModel, data: CalibrationData, samples: int) -> None:
+    def _check_shares(self, model: OmniQuantModel, data: CalibrationData, samples: int) -> None:
         if not isinstance(self.strategy, GroupStrategy):
             return
-        refuse_shares(data, samples, self.strategy.mesh.data)
-        refuse_settings(model, self.strategy.mesh.data)
+        check_shares(data, samples, self.strategy.mesh.data)
+        check_settings(model, self.strategy.mesh.data)
         if isinstance(self.strategy, BlockParallelStrategy):
-            refuse_segments(self.strategy, model, samples)
+            check_segments(self.strategy, model, samples)
 
     @property
     def _segment_settings(self) -> dict[str, Any]:
@@ -160,27 +149,27 @@ class SequentialTrainer(RunTrainer):
             with self.group.together():
                 if self.is_global_zero:
                     stack.enter_context(self.run_folder.locked())
-            refuse_separate_folders(self.run_folder.path, self.group)
+            check_shared_folder(self.run_folder.path, self.group)
             yield
 
     def _calibrate(self, model: OmniQuantModel, datamodule: CalibrationData, tokens: Tensor, checkpoint: Path) -> None:
         with self.group.together():
-            self.finished(self.run_folder).refuse_other(len(model.source), checkpoint)
+            self.finished(self.run_folder).check_same_calibration(len(model.source), checkpoint)
             for folder in self.run_folder.segment_folders():
-                self.finished(folder).refuse_other(len(model.source), folder.checkpoint)
+                self.finished(folder).check_same_calibration(len(model.source), folder.checkpoint)
         if self.is_global_zero:
             self.run_folder.keep_log() if self.resumes else self.run_folder.start()
         self.group.barrier()
-        self.announce("on_calibration_start", model)
-        self.announce("on_baseline", model)
-        self._at_once = None
+        self.call_hook("on_calibration_start", model)
+        self.call_hook("on_baseline", model)
+        self._micro_batch_size = None
         self._early_stopping = [(c, c.state_dict()) for c in self.early_stopping_callbacks]
         with self.interruption.deferred(), self.interruption.explaining():
             if isinstance(self.strategy, BlockParallelStrategy):
                 SegmentedCalibration(self, self.strategy, model, datamodule, tokens).run()
             else:
                 self._calibrate_all(model, datamodule, tokens, checkpoint)
-        self.announce("on_calibration_end", model)
+        self.call_hook("on_calibration_end", model)
         if self.is_global_zero:
             self.run_folder.remove_checkpoints()
 
@@ -189,13 +178,13 @@ class SequentialTrainer(RunTrainer):
     ) -> None:
         """Calibrates all blocks in order; the streams are gone when it returns, before anything is evaluated."""
         engine = self.engine(model, tokens, datamodule.micro_batch_size)
-        streams = Streams(engine.embed(model.source, self.group.share(tokens)))
+        streams = HiddenStatePair(engine.embed(model.source, self.group.share(tokens)))
         blocks, finished = range(len(model.source)), self.finished(self.run_folder)
         self.calibrate(model, datamodule, len(tokens), blocks, streams, engine, finished, checkpoint)
 
     def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
         """Everything that decides what is learned, but for the model files and the tokens."""
-        names = [name for name in DECIDING_TRAINER_KEYS if name not in _COUNTED]
+        names = [name for name in FINGERPRINTED_TRAINER_KEYS if name not in _COUNTED]
         counted = {"epochs_per_block": self.epochs_per_block, "min_epochs": self._least_epochs}
         own = counted | {name: getattr(self, name) for name in names}
         given = {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
@@ -209,9 +198,9 @@ class SequentialTrainer(RunTrainer):
         data: CalibrationData,
         samples: int,
         blocks: range,
-        streams: Streams,
+        streams: HiddenStatePair,
         engine: Engine,
-        finished: FinishedBlocks,
+        finished: ResumeState,
         checkpoint: Path | None = None,
         warm: Callable[[int], Mapping[str, Tensor]] | None = None,
     ) -> None:
@@ -234,16 +223,16 @@ class SequentialTrainer(RunTrainer):
         order = BatchOrder(samples, seed(), data.shuffle)
         Calibration(model, blocks, streams, data.batch_size, order, engine, finished, warm).run()
 
-    def finished(self, folder: RunFolder, resumes: bool | None = None) -> FinishedBlocks:
+    def finished(self, folder: RunFolder, resumes: bool | None = None) -> ResumeState:
         """Returns what has been finished in a run folder; ``resumes``: whether it counts, by default as in the run."""
         force = any(getattr(callback, "force", False) for callback in self.calibration_callbacks)
-        return FinishedBlocks(folder, self.fingerprint, self.resumes if resumes is None else resumes, force)
+        return ResumeState(folder, self.fingerprint, self.resumes if resumes is None else resumes, force)
 
     def engine(
         self,
         model: OmniQuantModel,
         tokens: Tensor,
-        at_once: int | None,
+        micro_batch_size: int | None,
         segments: int = 1,
         in_turn: int = 1,
         shares: int | None = None,
@@ -253,13 +242,13 @@ class SequentialTrainer(RunTrainer):
         Args:
             model: The model and its settings.
             tokens: All token ids.
-            at_once: Samples that are computed at once; ``None`` for as many as there are.
+            micro_batch_size: Samples that are computed at once; ``None`` for as many as there are.
             segments: Segments of the calibration.
             in_turn: How many of them a process calibrates one after the other.
             shares: Processes that share the samples of a block; ``None`` for those of the group.
         """
         room, group = self.room(model, self.run_folder.streams), self.group
-        count = stream_count(model.window.blocks, segments, in_turn)
+        count = hidden_state_count(model.window.blocks, segments, in_turn)
         samples = math.ceil(len(tokens) / (shares or group.size))
         numbers = samples * tokens.shape[1] * model.source.config.hidden_size
         return Engine(
@@ -267,13 +256,13 @@ class SequentialTrainer(RunTrainer):
             room.storage(count * numbers, model.activation_dtype, keeps=True),
             self.precision_plugin.forward_context,
             self._fit_block,
-            self.announce,
+            self.call_hook,
             self.interruption.obey,
             group,
-            at_once,
+            micro_batch_size,
         )
 
-    def _fit_block(self, block: BlockModule, batches: StreamBatches) -> None:
+    def _fit_block(self, block: BlockModule, batches: HiddenStateBatches) -> None:
         """Lets Lightning fit one block, on the trainer that has fitted those before it."""
         if not list(block.parameters()):  # neither clipping nor transform: nothing to learn
             return
@@ -297,9 +286,11 @@ class SequentialTrainer(RunTrainer):
             callback.load_state_dict(copy.deepcopy(state))
         self._data_connector.attach_data(block, train_dataloaders=batches)
         # Of an earlier block, as many may not have fitted into memory.
-        block.at_once = min((size for size in (block.at_once, self._at_once) if size is not None), default=None)
+        block.micro_batch_size = min(
+            (size for size in (block.micro_batch_size, self._micro_batch_size) if size is not None), default=None
+        )
         self._run(block, ckpt_path=None if resume is None else resume[0])
-        self._at_once = block.at_once
+        self._micro_batch_size = block.micro_batch_size
         # Or Lightning would hold on to the optimizer's state and the block's streams until the next one comes.
         self.strategy.optimizers, self.strategy.lr_scheduler_configs = [], []
         self.fit_loop._combined_loader = None

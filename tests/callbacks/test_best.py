@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.callbacks import KeepBestState, NumericsGuard
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec, WindowSpec

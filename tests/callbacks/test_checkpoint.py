@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.callbacks import CheckpointCallback
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer import SequentialTrainer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
 from omniquant_pl.errors import ConfigurationError
 
 Command = Callable[..., Path]

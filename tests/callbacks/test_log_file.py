@@ -49,7 +49,7 @@ def test_a_quiet_run_writes_it(
 def test_warnings_reach_file_and_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = LogFile(tmp_path / "run.log")
     log.open()
-    logging.getLogger("omniquant_pl.calibration").warning("block 3: odd")
+    logging.getLogger("omniquant_pl.calibration.loop").warning("block 3: odd")
     log.close()
     log.write("too late")
     assert re.fullmatch(r".* WARNING block 3: odd\n", log.path.read_text())

@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from kept_blocks import KeepBlocks
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import BlockResult
 from omniquant_pl.callbacks import MetricsCallback
-from omniquant_pl.hooks import BlockResult
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import ActivationSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Watch(KeepBlocks):
+class HeartbeatMonitor(KeepBlocks):
     """Reads the file after every block, and keeps the blocks."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, folder: Path, fit: Callable[..., SequentialTrainer], root: Path) -> None:
         self.folder = folder
-        self.watch = Watch()
+        self.watch = HeartbeatMonitor()
         weights, activations = WeightSpec(bits=3, group_size=20), ActivationSpec(bits=6)
         self.model = OmniQuantModel(str(folder), weights, activations)
         fit(self.model, [self.watch, MetricsCallback()], max_epochs=2, default_root_dir=root)

@@ -14,23 +14,23 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.callbacks import NumericsGuard
 from omniquant_pl.errors import CalibrationError
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import ClippingSpec, ScheduleSpec, TransformSpec
 from omniquant_pl.trainer import SequentialTrainer
 
-Place = tuple[int, int, int]  # block, epoch as run (repeated ones count), step
+StorageTier = tuple[int, int, int]  # block, epoch as run (repeated ones count), step
 PARAMETER = "blocks.0.factors.quantizers.self_attn/o_proj.upper"
 
 
 class Poison(CalibrationCallback):
     """Spoils a gradient at some places, and records every epoch's start."""
 
-    def __init__(self, places: Collection[Place] | None, value: float = float("nan")) -> None:
+    def __init__(self, places: Collection[StorageTier] | None, value: float = float("nan")) -> None:
         self.places = places
         self.value = value
         self.starts: list[list[dict[str, Any]]] = []

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.callbacks import MetricsCallback, ReportCallback
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quantized_block import QuantizedBlock
 from omniquant_pl.spec import WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 pytestmark = pytest.mark.report
 
 
-class Watch(CalibrationCallback):
+class HeartbeatMonitor(CalibrationCallback):
     """Looks at the report after every block, and ends the run after one of them."""
 
     def __init__(self, stop_after: int | None = None) -> None:
@@ -46,7 +46,7 @@ def calibrate(llama: Path, fit: Callable[..., SequentialTrainer]) -> Callable[..
 
 
 def test_it_is_written_after_every_block(calibrate: Callable[..., SequentialTrainer]) -> None:
-    watch = Watch()
+    watch = HeartbeatMonitor()
     trainer = calibrate(watch, ReportCallback(every_seconds=0))
     first, second = watch.states
     assert first == "1 of 2"
@@ -55,7 +55,7 @@ def test_it_is_written_after_every_block(calibrate: Callable[..., SequentialTrai
 
 
 def test_it_is_written_at_most_so_often(calibrate: Callable[..., SequentialTrainer]) -> None:
-    watch = Watch()
+    watch = HeartbeatMonitor()
     trainer = calibrate(watch, ReportCallback(every_seconds=1000))
     assert watch.states == [None, None]
     assert "finished" in trainer.run_folder.report.read_text()
@@ -63,7 +63,7 @@ def test_it_is_written_at_most_so_often(calibrate: Callable[..., SequentialTrain
 
 def test_a_run_that_goes_on_reports_every_block(calibrate: Callable[..., SequentialTrainer]) -> None:
     with pytest.raises(KeyError, match="taken away"):
-        calibrate(Watch(stop_after=0), ReportCallback())
+        calibrate(HeartbeatMonitor(stop_after=0), ReportCallback())
     trainer = calibrate(ReportCallback(), ckpt_path="last")
     page = trainer.run_folder.report.read_text()
     assert [path.name for path in sorted(trainer.run_folder.statistics.iterdir())] == ["00000.json", "00001.json"]

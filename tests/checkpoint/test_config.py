@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from omniquant_pl.checkpoint import SourceModel
-from omniquant_pl.cli import main
+from omniquant_pl.cli.program import main
 from omniquant_pl.errors import ConfigurationError
 
 ABSENT = object()

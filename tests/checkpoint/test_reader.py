@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from omniquant_pl.arch import StoredPart
 from omniquant_pl.checkpoint import Checkpoint
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.families import StoredPart
 
 INDEX = "model.safetensors.index.json"
 

@@ -34,12 +34,12 @@ from transformers import (
 )
 
 from kept_blocks import KeepBlocks
-from omniquant_pl.arch import family_of, layout, register
 from omniquant_pl.callbacks import MetricsCallback
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.checkpoint.rotation import RandomHadamard
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport
+from omniquant_pl.families import family_of, layout, register
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import RotationSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
@@ -182,7 +182,7 @@ class TestFunction:
         for name, factor in (("llama", 1.0), ("gemma", 0.0)):
             source = SourceModel(save(ROTATED[name], tmp_path / name), rotation=RotationSpec())
             norms = {key: tensor for key, tensor in source.block_tensors(0).items() if "layernorm" in key}
-            norms |= {key: tensor for key, tensor in source.surroundings() if key == "model.norm.weight"}
+            norms |= {key: tensor for key, tensor in source.non_block_tensors() if key == "model.norm.weight"}
             assert len(norms) == 3
             assert all(torch.equal(tensor, torch.full((48,), factor)) for tensor in norms.values())
 

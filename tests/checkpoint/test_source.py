@@ -100,8 +100,8 @@ def test_names_of_all_tensors(make_llama: Callable[..., Path]) -> None:
     folder = make_llama(num_key_value_heads=2, attention_bias=True)
     source, stored = SourceModel(folder), load_file(folder / "model.safetensors")
     inside = [name for index in range(2) for name in source.stored_names(index).values()]
-    assert sorted([*inside, *source.surrounding_names]) == sorted(stored)
-    assert source.surrounding_names == (
+    assert sorted([*inside, *source.non_block_names]) == sorted(stored)
+    assert source.non_block_names == (
         "lm_head.weight",
         "model.embed_tokens.weight",
         "model.norm.weight",

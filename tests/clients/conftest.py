@@ -19,7 +19,7 @@ import omniquant_pl
 from omniquant_pl.export import open_format
 from omniquant_pl.export.verification import calibrated_logits
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.trainer import SequentialTrainer
 
 WORKER = Path(__file__).with_name("worker.py")

@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniquant_pl.compare import Bench, Comparison, Row, comparison
-from omniquant_pl.compare.contender import Contender
-from omniquant_pl.compare.tools import Tool
+from omniquant_pl.compare import comparison
+from omniquant_pl.compare.backend_method import BackendMethod
+from omniquant_pl.compare.backends import BACKENDS
+from omniquant_pl.compare.comparison import Comparison
+from omniquant_pl.compare.method import Method, MethodInputs
+from omniquant_pl.compare.row import Row
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.peers import PEERS
 from omniquant_pl.spec import ActivationSpec, WeightSpec
 
 
-class Recorder(Contender):
+class Recorder(Method):
     """Counts its runs; fails or refuses if it is told to."""
 
     def __init__(self, name: str) -> None:
@@ -32,13 +34,13 @@ class Recorder(Contender):
         self.reason: str | None = None
         self.found: list[str] = []
 
-    def refusal(self, bench: Bench) -> str | None:
+    def refusal(self, bench: MethodInputs) -> str | None:
         return self.reason
 
-    def decides(self, bench: Bench) -> Mapping[str, Any]:
+    def decides(self, bench: MethodInputs) -> Mapping[str, Any]:
         return {"setting": self.setting}
 
-    def measure(self, bench: Bench, folder: Path) -> Row:
+    def measure(self, bench: MethodInputs, folder: Path) -> Row:
         self.runs += 1
         self.found = sorted(path.name for path in folder.iterdir())
         (folder / "half").touch()
@@ -57,16 +59,16 @@ def contenders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
 
 
 @pytest.fixture
-def bench(llama: Path, tokens: Tensor) -> Bench:
+def bench(llama: Path, tokens: Tensor) -> MethodInputs:
     config = {"model": {"weights": {"bits": 3}}, "data": {"dataset": "some.npy"}}
-    return Bench(config, OmniQuantModel(str(llama), WeightSpec(3, 16)), tokens, {"set": tokens}, "cpu")
+    return MethodInputs(config, OmniQuantModel(str(llama), WeightSpec(3, 16)), tokens, {"set": tokens}, "cpu")
 
 
 def counts(contenders: Mapping[str, Recorder]) -> list[int]:
     return [entry.runs for entry in contenders.values()]
 
 
-def test_finished_methods_are_kept(contenders: dict[str, Recorder], bench: Bench, tmp_path: Path) -> None:
+def test_finished_methods_are_kept(contenders: dict[str, Recorder], bench: MethodInputs, tmp_path: Path) -> None:
     rows = Comparison(bench, tmp_path).run()
     assert [row.method for row in rows] == ["full_precision", "one", "two"]
     assert Comparison(bench, tmp_path).run() == rows
@@ -77,7 +79,7 @@ def test_finished_methods_are_kept(contenders: dict[str, Recorder], bench: Bench
     assert "| ONE | 1.00 | 3.00 |" in (tmp_path / "compare.md").read_text()
 
 
-def test_other_tokens_are_measured_again(contenders: dict[str, Recorder], bench: Bench, tmp_path: Path) -> None:
+def test_other_tokens_are_measured_again(contenders: dict[str, Recorder], bench: MethodInputs, tmp_path: Path) -> None:
     Comparison(bench, tmp_path).run(["one"])
     Comparison(replace(bench, calibration=bench.calibration.flip(0)), tmp_path).run(["one"])
     assert contenders["one"].runs == 2
@@ -85,7 +87,9 @@ def test_other_tokens_are_measured_again(contenders: dict[str, Recorder], bench:
     assert contenders["one"].runs == 3
 
 
-def test_what_still_holds_stays_in_the_file(contenders: dict[str, Recorder], bench: Bench, tmp_path: Path) -> None:
+def test_what_still_holds_stays_in_the_file(
+    contenders: dict[str, Recorder], bench: MethodInputs, tmp_path: Path
+) -> None:
     def methods_in_the_file() -> list[str]:
         return [row["method"] for row in json.loads((tmp_path / "compare.json").read_text())["rows"]]
 
@@ -99,7 +103,7 @@ def test_what_still_holds_stays_in_the_file(contenders: dict[str, Recorder], ben
 
 
 def test_an_interrupted_method_finds_what_it_left(
-    contenders: dict[str, Recorder], bench: Bench, tmp_path: Path
+    contenders: dict[str, Recorder], bench: MethodInputs, tmp_path: Path
 ) -> None:
     one = contenders["one"]
     one.failure = "ended by SIGKILL"
@@ -114,7 +118,7 @@ def test_an_interrupted_method_finds_what_it_left(
     assert one.found == ["fingerprint"]
 
 
-def test_a_method_that_cannot_says_so(contenders: dict[str, Recorder], bench: Bench, tmp_path: Path) -> None:
+def test_a_method_that_cannot_says_so(contenders: dict[str, Recorder], bench: MethodInputs, tmp_path: Path) -> None:
     contenders["two"].reason = "it is made for weights alone"
     rows = Comparison(bench, tmp_path).run()
     assert [row.note for row in rows] == ["", "", "it is made for weights alone"]
@@ -122,7 +126,9 @@ def test_a_method_that_cannot_says_so(contenders: dict[str, Recorder], bench: Be
     assert "| TWO |  |  |  |  |  | it is made for weights alone |" in (tmp_path / "compare.md").read_text()
 
 
-def test_a_damaged_file_counts_for_nothing(contenders: dict[str, Recorder], bench: Bench, tmp_path: Path) -> None:
+def test_a_damaged_file_counts_for_nothing(
+    contenders: dict[str, Recorder], bench: MethodInputs, tmp_path: Path
+) -> None:
     Comparison(bench, tmp_path).run()
     (tmp_path / "compare.json").write_text('{"rows": [')
     Comparison(bench, tmp_path).run()
@@ -131,7 +137,7 @@ def test_a_damaged_file_counts_for_nothing(contenders: dict[str, Recorder], benc
 
 @pytest.mark.parametrize("methods", [[], ["one", "one"]])
 def test_methods_that_make_no_rows_are_refused(
-    contenders: dict[str, Recorder], bench: Bench, tmp_path: Path, methods: list[str]
+    contenders: dict[str, Recorder], bench: MethodInputs, tmp_path: Path, methods: list[str]
 ) -> None:
     with pytest.raises(ConfigurationError, match=r"methods: .* accepted: one, two"):
         Comparison(bench, tmp_path).run(methods)
@@ -148,14 +154,14 @@ class TestTool:
             ({"weights": WeightSpec(4)}, "not installed: pip install nothing-of-that-name"),
         ],
     )
-    def test_refusals(self, llama: Path, bench: Bench, model: dict[str, Any], reason: str) -> None:
-        peer = replace(PEERS[0], package="nothing-of-that-name")
-        assert Tool(peer).refusal(replace(bench, model=OmniQuantModel(str(llama), **model))) == reason
+    def test_refusals(self, llama: Path, bench: MethodInputs, model: dict[str, Any], reason: str) -> None:
+        peer = replace(BACKENDS[0], package="nothing-of-that-name")
+        assert BackendMethod(peer).refusal(replace(bench, model=OmniQuantModel(str(llama), **model))) == reason
 
     def test_a_plain_model_is_measured_as_every_other(
         self,
         llama: Path,
-        bench: Bench,
+        bench: MethodInputs,
         tmp_path: Path,
         tokens: Tensor,
         logits_of: Callable[[Path, Tensor], Tensor],
@@ -168,10 +174,10 @@ class TestTool:
             "assert (given['bits'], given['group-size'], given['method']) == ('3', '16', 'signround')\n"
             "shutil.copytree(given['model'], given['output'])\n"
         )
-        peer = replace(PEERS[0], module="a_tool", package="torch")
+        peer = replace(BACKENDS[0], module="a_tool", package="torch")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-            row = Tool(peer).measure(bench, tmp_path)
+            row = BackendMethod(peer).measure(bench, tmp_path)
         logits = logits_of(llama, tokens).double()[:, :-1]
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
         assert row.perplexity["set"] == pytest.approx(float((-chosen.mean()).exp()), rel=1e-5)

@@ -100,7 +100,7 @@ def refusal(rank: int) -> str:
 
 
 def test_what_one_refuses_all_refuse() -> None:
-    expected = ["FailedElsewhereError data.samples: too few", "ConfigurationError data.samples: too few"]
+    expected = ["RemoteRankError data.samples: too few", "ConfigurationError data.samples: too few"]
     assert together(refusal, 2) == expected
 
 

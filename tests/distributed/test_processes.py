@@ -16,7 +16,8 @@ from processes import slurm, together
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from omniquant_pl.block import BlockModule
+from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.callbacks import (
     CheckpointCallback,
     ExportCallback,
@@ -26,9 +27,8 @@ from omniquant_pl.callbacks import (
 )
 from omniquant_pl.distributed import BlockParallelStrategy
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.hooks import CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, ClippingSpec, ScheduleSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 
@@ -355,7 +355,7 @@ def test_what_cannot_work_is_refused(fit: Fit, llama: Path, tmp_path: Path, name
         options["strategy"] = segments(options.pop("segments", 2), stitch_epochs=options.pop("stitch", 0))
     errors = together(lambda rank: calibrate(fit, llama, tmp_path / "run", 2, **options), 2)
     assert any(message in str(error) for error in errors)
-    assert all("ConfigurationError" in str(error) or "FailedElsewhereError" in str(error) for error in errors)
+    assert all("ConfigurationError" in str(error) or "RemoteRankError" in str(error) for error in errors)
     assert not (tmp_path / "run" / "blocks").exists()
 
 

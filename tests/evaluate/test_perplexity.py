@@ -18,13 +18,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from omniquant_pl.activations import Room, Storage
 from omniquant_pl.checkpoint import BlockCall, SourceModel
 from omniquant_pl.evaluate import original_blocks, perplexity
+from omniquant_pl.hidden_states import MemoryBudget, Storage
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import ActivationSpec, BudgetSpec, WeightSpec
 
-CPU = Room(torch.device("cpu"), Path("streams"))
+CPU = MemoryBudget(torch.device("cpu"), Path("streams"))
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -121,7 +121,7 @@ class TestFullPrecision:
     ) -> None:
         def found(budget: BudgetSpec) -> float:
             context = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
-            source, room = SourceModel(llama), Room(CPU.device, tmp_path / "streams", budget)
+            source, room = SourceModel(llama), MemoryBudget(CPU.device, tmp_path / "streams", budget)
             return perplexity(source, original_blocks(source), tokens, room, context)
 
         in_memory = found(BudgetSpec())
@@ -133,9 +133,9 @@ class TestFullPrecision:
         self, llama: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The budget is that of both; files show how many there are while a block runs and while logits are made."""
-        source, room = SourceModel(llama), Room(CPU.device, tmp_path, BudgetSpec(host=0))
+        source, room = SourceModel(llama), MemoryBudget(CPU.device, tmp_path, BudgetSpec(host=0))
         files = Storage("disk", torch.float32, CPU.device, tmp_path)  # they have names here, to be counted by
-        monkeypatch.setattr(Room, "storage", lambda *_: files)
+        monkeypatch.setattr(MemoryBudget, "storage", lambda *_: files)
         sizes: list[int] = []
         compute = SourceModel.logits
         look = lambda: sizes.append(sum(path.stat().st_size for path in tmp_path.iterdir()))  # noqa: E731

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from omniquant_pl.activations import Room
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate import VARIANTS, Evaluation, perplexity_table
+from omniquant_pl.hidden_states import MemoryBudget
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import WeightSpec
 
 
@@ -23,7 +23,9 @@ from omniquant_pl.spec import WeightSpec
 def evaluation(llama: Path, tokens: Tensor, tmp_path: Path) -> Evaluation:
     model = OmniQuantModel(path=str(llama), weights=WeightSpec(bits=3))
     sets = {"all": tokens, "first": tokens[:1]}
-    return Evaluation(model, RunFolder(tmp_path), sets, Room(torch.device("cpu"), tmp_path / "streams"), nullcontext)
+    return Evaluation(
+        model, RunFolder(tmp_path), sets, MemoryBudget(torch.device("cpu"), tmp_path / "streams"), nullcontext
+    )
 
 
 def factors_of_block(index: int, llama: Path, logit: float) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.evaluate import ZeroShot, zero_shot_table
 from omniquant_pl.runtime import load_packed

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from omniquant_pl.export.card import model_card
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import WeightSpec
 
 METRICS = {

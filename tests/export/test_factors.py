@@ -11,14 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from omniquant_pl.checkpoint import SourceModel, read_sealed
-from omniquant_pl.cli import run
+from omniquant_pl.checkpoint import SourceModel
+from omniquant_pl.cli.program import run
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import Verification, open_format
-from omniquant_pl.factor_file import FactorFile, write_factor_file
+from omniquant_pl.initialization.factor_file import FactorFile, write_factor_file
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec
+from omniquant_pl.utils.sealed import read_sealed
 
 Finish = Callable[[OmniQuantModel], RunFolder]
 

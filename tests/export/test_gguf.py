@@ -38,7 +38,7 @@ from omniquant_pl.export.gguf_blocks import BLOCK_TYPES, exact_type
 from omniquant_pl.export.gguf_tokenizer import InexpressibleTokenizerError, read_vocabulary
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, RotationSpec, WeightSpec
 from tiny_tokenizers import LLAMA3, QWEN2, TEKKEN, TEXTS, byte_level, sentencepiece, split
 

@@ -19,7 +19,7 @@ from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport
 from omniquant_pl.export.card import model_card
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 

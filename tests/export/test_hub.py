@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HubRepository
 

@@ -33,7 +33,7 @@ from omniquant_pl.export.mlc_codes import pack_codes, weight_refusal
 from omniquant_pl.export.verification import Verification
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import RotationSpec, WeightSpec
 from tiny_tokenizers import byte_level, sentencepiece
 

@@ -18,7 +18,7 @@ from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import FORMATS, open_format
 from omniquant_pl.export.narrowing import narrowed
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 from tiny_tokenizers import byte_level

@@ -21,7 +21,7 @@ from omniquant_pl.export import FORMATS, HfExport, Verification
 from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.export.verification import calibrated_logits
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.runtime import load_packed
 from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer

@@ -33,7 +33,7 @@ from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import HfExport, open_format
 from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.runtime import load_packed
 from omniquant_pl.spec import RotationSpec, WeightSpec
 

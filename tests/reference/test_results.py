@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from omniquant_pl.activations import Room
 from omniquant_pl.checkpoint import BlockCall
 from omniquant_pl.evaluate import Evaluation
+from omniquant_pl.hidden_states import MemoryBudget
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec
 
 pytestmark = pytest.mark.reference
@@ -50,7 +50,7 @@ def measure(reference: Path, name: str, variant: str, run: Path) -> float:
     folder = reference / "models" / name.rpartition("-")[0]
     model = OmniQuantModel(str(folder), SCHEMES[name], ACTIVATIONS.get(name))
     tokens = {"evaluation": torch.from_numpy(np.load(reference / "evaluation.npy")).long()}
-    evaluation = Evaluation(model, RunFolder(run), tokens, Room(torch.device("cpu"), run), nullcontext)
+    evaluation = Evaluation(model, RunFolder(run), tokens, MemoryBudget(torch.device("cpu"), run), nullcontext)
     return evaluation.measure(variant)["evaluation"]
 
 
@@ -88,7 +88,7 @@ def test_published_factors_reproduce_their_model(reference: Path, tmp_path: Path
         tensors = model.source.block_tensors(index)
         folder.save_factors(index, model.block(index, tensors, BlockCall(), {}).factors.export())
     tokens = {"evaluation": torch.from_numpy(np.load(reference / "evaluation.npy")).long()}
-    room = Room(torch.device("cpu"), tmp_path)
+    room = MemoryBudget(torch.device("cpu"), tmp_path)
     measured = Evaluation(model, folder, tokens, room, nullcontext).measure("quantized")
     expected = row_of(reference, "llama-outliers-w4a4")["perplexity"]
     assert measured["evaluation"] == pytest.approx(expected, rel=1e-3)

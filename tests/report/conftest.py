@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from omniquant_pl.cli import run
+from omniquant_pl.cli.program import run
 
 
 class Finished(NamedTuple):

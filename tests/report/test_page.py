@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from omniquant_pl.report import write_report
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -34,7 +34,7 @@ from omniquant_pl.export import HfExport
 from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.export.verification import calibrated_logits
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.runtime import PackedLinear, load_packed, weight_bytes
 from omniquant_pl.spec import ActivationSpec, RotationSpec, WeightSpec
 

@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from kept_blocks import KeepBlocks
-from omniquant_pl.arch import family_of
+from omniquant_pl.blocks.factors import BlockFactors
 from omniquant_pl.callbacks import FoldCallback
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.export import HfExport
-from omniquant_pl.factors import BlockFactors
+from omniquant_pl.families import family_of
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.nn.attention import capped_attention
 from omniquant_pl.spec import ActivationSpec, TransformSpec, WeightSpec

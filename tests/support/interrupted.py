@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from omniquant_pl.hooks import CalibrationCallback
-from omniquant_pl.run_folder import RunFolder
+from omniquant_pl.calibration.hooks import CalibrationCallback
+from omniquant_pl.run.folder import RunFolder
 
 
 class PowerCutError(Exception):

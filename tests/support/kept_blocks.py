@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniquant_pl.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.quantized_block import QuantizedBlock
 
 
 class KeepBlocks(CalibrationCallback):

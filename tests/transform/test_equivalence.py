@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from omniquant_pl.blocks.factors import BlockFactors
 from omniquant_pl.checkpoint import SourceModel
-from omniquant_pl.factors import BlockFactors
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.spec import TransformSpec, WeightSpec
 from omniquant_pl.transform import AttentionShape, NormToLinears, QueryToKey, ValueToOutput

@@ -1,0 +1,1 @@
+"""One transformer block while it learns: its module, its factors, its loss."""

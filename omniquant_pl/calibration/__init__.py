@@ -1,0 +1,1 @@
+"""The loop over the blocks, its hooks, and how it resumes."""

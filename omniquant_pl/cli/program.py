@@ -1,0 +1,356 @@
+"""The command line: ``fit``, ``test``, ``export``, ``generate``, ``compare``, ``plan``, over Lightning's own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from safetensors import SafetensorError
+from typing_extensions import override
+
+from omniquant_pl.callbacks import (
+    CheckpointCallback,
+    ExportCallback,
+    FoldCallback,
+    MetricsCallback,
+    NumericsGuard,
+    ProgressCallback,
+    ReportCallback,
+    SaveConfig,
+)
+from omniquant_pl.cli.help import descriptions, own_settings_first, reword
+from omniquant_pl.cli.messages import Asked, check_config_file, explain, fit_first
+from omniquant_pl.data import CalibrationData
+from omniquant_pl.distributed import RemoteRankError
+from omniquant_pl.errors import CalibrationError, ConfigurationError
+from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.run.checkpoints import previous_of
+from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.trainer.checks import require_single_process
+from omniquant_pl.utils.presets import find_config
+from omniquant_pl.utils.signals import Interrupted, requeue
+
+__all__ = ["QUIETENED", "OmniQuantCLI", "main", "quieten", "raising_errors", "run"]
+
+_RAISES_ERRORS: ContextVar[bool] = ContextVar("raises_errors", default=False)
+
+
+@contextmanager
+def raising_errors() -> Iterator[None]:
+    """Inside, what the parser does not accept raises :class:`ConfigurationError` instead of ending the process."""
+    token = _RAISES_ERRORS.set(True)
+    try:
+        yield
+    finally:
+        _RAISES_ERRORS.reset(token)
+
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 20,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "devices": 1,
+}
+
+
+_asked: ContextVar[Asked] = ContextVar("asked")
+"""The command line that is parsed: parsers of classes inside it know neither their key nor their command."""
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in a line, without the page of usage before it."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        asked = _asked.get()
+        parser = asked.parser or self
+        if _RAISES_ERRORS.get():
+            key, separator, reason = explain(message, asked).partition(": ")
+            raise ConfigurationError(*((key, reason) if separator else ("settings", key))) from ex
+        command = parser.prog.replace(" [options]", "")
+        self.exit(2, f"error: {explain(message, asked)}\nsee: {command} --help\n")
+
+    @override
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        own_settings_first(self)
+        return super().format_help(formatter)
+
+    @override
+    def add_method_arguments(self, *arguments: Any, **options: Any) -> Any:
+        # A group for them would have the method's name, and there is an export section besides.
+        return super().add_method_arguments(*arguments, **{**options, "as_group": False})
+
+
+class OmniQuantCLI(LightningCLI):
+    """LightningCLI with the subcommands that this project has.
+
+    Args:
+        args: What follows the program's name; ``None`` takes the process's own.
+        runs: Whether the command runs once its settings are checked.
+        options: As :class:`LightningCLI`.
+    """
+
+    def __init__(self, *, args: ArgsType = None, runs: bool = True, **options: Any) -> None:
+        self._runs = runs
+        words = args if isinstance(args, list) else sys.argv[1:]
+        self._named = [name for name in self.subcommands() if name in words] or list(self.subcommands())
+        super().__init__(args=args, **options)
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
+        # Reading every signature and docstring takes most of a second for each subcommand.
+        if subcommand not in self._named:
+            return self.init_parser(**options)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        reword(parser)
+        return parser
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._runs:
+            super()._run_subcommand(subcommand)
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "test": {"model", "datamodule"},
+            "export": {"model", "datamodule"},
+            "generate": {"model", "datamodule"},
+            "compare": {"model", "datamodule"},
+            "plan": {"model", "datamodule"},
+        }
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is not None and not isinstance(args, list):
+            raise TypeError("arguments are a list of strings, as on a command line")
+        given = sys.argv[1:] if args is None else args
+        command = self._parser(self._named[0]) if len(self._named) < len(self.subcommands()) else None
+        _asked.set(Asked(given, Path(sys.argv[0]).name, list(self.subcommands()), command))
+        self.config = parser.parse_args(_with_config_paths(given))
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would read settings in it; there are none, and it loads whatever the file holds.
+        path = Path(self.config[self.config.subcommand].get("ckpt_path") or "")
+        if path.is_file() and not (zipfile.is_zipfile(path) or previous_of(path).is_file()):
+            raise ConfigurationError(
+                "ckpt_path", f"{path} is not a checkpoint; last goes on with the run in its folder"
+            )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ProgressCallback, "progress")
+        parser.add_lightning_class_args(ReportCallback, "report")
+        parser.add_lightning_class_args(ExportCallback, "export")
+        parser.add_lightning_class_args(NumericsGuard, "numerics")
+        parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        configured = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        # Ends are heard in reverse: measured first, then exported, reported, and shown.
+        return self._instantiate_trainer(config, [*configured, MetricsCallback(), FoldCallback()])
+
+    def before_fit(self) -> None:
+        """Called by Lightning before the fit: protects what another run has left in the folder.
+
+        Raises:
+            ConfigurationError: If the run folder holds the factors of a run with other settings.
+        """
+        config = self._settings("fit")
+        assert isinstance(self.trainer, SequentialTrainer)
+        if not (config.get("ckpt_path") and config["checkpoint"]["force"]):
+            self.trainer.run_folder.check_same_settings(config, bool(config.get("ckpt_path")))
+
+    def before_test(self) -> None:
+        """Called by Lightning before the test: measures no run under settings that are not its own.
+
+        Raises:
+            ConfigurationError: As :meth:`before_fit`, or if there is no run, nor an exported folder to measure.
+        """
+        if self.config["test"]["exported"] is None:
+            self._check_run_exists()
+        self._check_same_settings("test")
+
+    def before_export(self) -> None:
+        """Called by Lightning before the export: takes no run for what other settings would have led to.
+
+        Raises:
+            ConfigurationError: As :meth:`before_fit`, or if there is no run.
+        """
+        self._check_run_exists()
+        self._check_same_settings("export")
+
+    def before_generate(self) -> None:
+        """Called by Lightning before text is generated: a packed folder that is given stands for itself.
+
+        Raises:
+            ConfigurationError: As :meth:`before_fit`, or if there is no run, nor a packed folder.
+        """
+        self._require_single_process()
+        if self.config["generate"]["packed"] is None:
+            self._check_run_exists()
+            self._check_same_settings("generate")
+
+    def before_compare(self) -> None:
+        """Called by Lightning before methods are compared: each of them gets a configuration made from this one."""
+        self._require_single_process()
+        assert isinstance(self.trainer, SequentialTrainer)
+        self.trainer.settings = self._settings("compare")
+
+    def before_plan(self) -> None:
+        """Called by Lightning before a plan is made: one process makes it, whatever the number that it is for."""
+        self._require_single_process()
+
+    def _require_single_process(self) -> None:
+        assert isinstance(self.trainer, SequentialTrainer)
+        require_single_process(self.trainer)
+
+    def _check_same_settings(self, subcommand: str) -> None:
+        self._require_single_process()
+        assert isinstance(self.trainer, SequentialTrainer)
+        self.trainer.run_folder.check_same_settings(self._settings(subcommand))
+
+    def _check_run_exists(self) -> None:
+        assert isinstance(self.trainer, SequentialTrainer)
+        run = self.trainer.run_folder
+        if not (run.config.is_file() or run.blocks.is_dir()):
+            raise ConfigurationError("trainer.default_root_dir", fit_first(run.path, _asked.get()))
+
+    def _settings(self, subcommand: str) -> dict[str, Any]:
+        """The resolved configuration, as it is written."""
+        return dict(yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False)))
+
+
+def _with_config_paths(arguments: list[str]) -> list[str]:
+    result: list[str] = []
+    for argument in arguments:
+        flag, separator, value = argument.partition("=")
+        if flag in ("--config", "-c") and separator:
+            argument = f"{flag}={_config_file(value)}"
+        elif result and result[-1] in ("--config", "-c"):
+            argument = _config_file(argument)
+        result.append(argument)
+    return result
+
+
+def _config_file(name: str) -> str:
+    path = find_config(name)
+    check_config_file(path)
+    return path
+
+
+def run(arguments: list[str] | None = None, runs: bool = True) -> OmniQuantCLI:
+    """Runs a command line.
+
+    Args:
+        arguments: What follows the program's name; ``None`` takes the process's own.
+        runs: Whether the command runs; if not, its settings are checked.
+    """
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,  # what --help says of the fields of a dataclass
+        add_print_completion_argument=True,
+    )
+    return OmniQuantCLI(
+        model_class=OmniQuantModel,
+        datamodule_class=CalibrationData,
+        trainer_class=SequentialTrainer,
+        trainer_defaults=_TRAINER_DEFAULTS,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=2,
+        auto_configure_optimizers=False,
+        parser_class=_Parser,
+        parser_kwargs={"allow_abbrev": False, **descriptions(OmniQuantCLI.subcommands())},
+        args=arguments,
+        runs=runs,
+    )
+
+
+QUIETENED = {
+    "lightning.pytorch": logging.WARNING,
+    "lightning.fabric": logging.WARNING,
+    # It says which process has died before it ends the others.
+    "lightning.fabric.strategies.launchers.subprocess_script": logging.INFO,
+}
+"""Levels of Lightning's loggers."""
+
+
+def quieten() -> None:
+    """Drops Lightning's messages that fire once a block or do not apply to calibration."""
+    for name, level in QUIETENED.items():
+        logging.getLogger(name).setLevel(level)
+    for message in (
+        ".*in eval mode at the start of training.*",
+        ".*Experiment logs directory.*",
+        ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",  # losses are logged once an epoch
+        ".*sync_dist=True.*",  # they are means over the processes already
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main() -> None:
+    """Entry point of ``train.py`` and of the installed command."""
+    quieten()
+    try:
+        run()
+    except Interrupted as error:
+        is_first = not rank_zero_only.rank  # type: ignore[attr-defined]
+        if is_first:
+            sys.stderr.write(f"{error}; go on with: {_command_to_go_on()}\n")
+        sys.exit(0 if requeue(error, is_first=is_first) else 128 + error.signal_number)
+    except RemoteRankError:
+        sys.exit(2)
+    except MisconfigurationException as error:
+        sys.stderr.write(f"error: trainer: {error}\n")
+        sys.exit(2)
+    except (OSError, SafetensorError) as error:  # a full disk, a missing permission; finished files are whole
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except (ValueError, CalibrationError) as error:
+        refusal = _refusal_in(error)
+        if refusal is None:
+            raise
+        sys.stderr.write(f"error: {refusal}\n")
+        sys.exit(2)
+
+
+def _command_to_go_on() -> str:
+    """The command line of this process, from the last checkpoint."""
+    previous = ["", *sys.argv]
+    arguments = [
+        argument
+        for argument, before in zip(sys.argv, previous, strict=False)
+        if not argument.startswith("--ckpt_path") and before != "--ckpt_path"
+    ]
+    return shlex.join(["python", *arguments, "--ckpt_path=last"])
+
+
+def _refusal_in(error: BaseException | None) -> ConfigurationError | CalibrationError | None:
+    """Finds what a person can mend; jsonargparse wraps it where a setting may also be null."""
+    while error is not None and not isinstance(error, ConfigurationError | CalibrationError):
+        error = error.__cause__
+    return error

@@ -1,0 +1,1 @@
+"""What each subcommand does, bound to the trainer from above."""

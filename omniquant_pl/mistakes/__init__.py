@@ -1,8 +1,0 @@
-"""What a person gets for a mistake on the command line or in a file: one line, with what would be right."""
-
-from omniquant_pl.mistakes.asked import Asked
-from omniquant_pl.mistakes.config_file import check_config_file
-from omniquant_pl.mistakes.explain import explain
-from omniquant_pl.mistakes.no_run import fit_first
-
-__all__ = ["Asked", "check_config_file", "explain", "fit_first"]

@@ -1,0 +1,1 @@
+"""Files, memory, signals, and text for people: nothing here knows of quantization."""
