@@ -11,9 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from omniquant_pl.blocks.module import BlockModule
-from omniquant_pl.calibration.hooks import CalibrationCallback
+from omniquant_pl.calibration.hooks import CalibrationCallback, CalibrationTrainer, calibration_trainer
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["CheckpointCallback"]
 
@@ -43,10 +42,15 @@ class CheckpointCallback(CalibrationCallback):
             raise ConfigurationError("checkpoint.every_minutes", f"{every_minutes} is not a positive number of minutes")
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
-        self.force = force
+        self._force = force
         self._steps = 0
         self._saved_at = self._seconds = 0.0
         self._random: dict[str, Any] | None = None
+
+    @property
+    @override
+    def forces_resume(self) -> bool:
+        return self._force
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,17 +66,17 @@ class CheckpointCallback(CalibrationCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+        trainer = calibration_trainer(trainer)
         self._steps += not trainer.fit_loop._should_accumulate()
         # Gradients of half a step are in no checkpoint, and Lightning would take the end of an epoch for done.
         if trainer.fit_loop._should_accumulate() or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
-        is_wanted = trainer.interruption.is_requested or self._is_due()
+        is_wanted = trainer.signals.is_requested or self._is_due()
         if trainer.strategy.reduce_boolean_decision(is_wanted, all=False):
             self._save(trainer)
-            trainer.interruption.obey()
+            trainer.signals.obey()
 
-    def _save(self, trainer: SequentialTrainer) -> None:
+    def _save(self, trainer: CalibrationTrainer) -> None:
         started = time.monotonic()
         trainer.save_checkpoint(trainer.run_folder.checkpoint)
         self._steps, self._saved_at = 0, time.monotonic()
@@ -87,7 +91,7 @@ class CheckpointCallback(CalibrationCallback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+        trainer = calibration_trainer(trainer)
         assert isinstance(pl_module, BlockModule)
         checkpoint["calibration"] = {
             "fingerprint": dict(trainer.fingerprint),

@@ -6,10 +6,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
-from omniquant_pl.calibration.hooks import CalibrationCallback
+from omniquant_pl.calibration.hooks import CalibrationCallback, CalibrationTrainer
 from omniquant_pl.checkpoint import from_any_folder
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.utils.files import write_text
 
 __all__ = ["SaveConfig"]
@@ -23,11 +22,9 @@ class SaveConfig(SaveConfigCallback, CalibrationCallback):
         """Does nothing: Lightning calls this once a block."""
 
     @override
-    def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_calibration_start(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         path = trainer.run_folder.config
-        forced = bool(self.config["checkpoint"]["force"])
-        if trainer.is_global_zero and not (trainer.resumes and path.is_file() and not forced):
+        if trainer.is_global_zero and not (trainer.resumes and path.is_file() and not trainer.forces_resume):
             config = self.config.clone()
             config["ckpt_path"] = None  # who takes this file does not mean to go on
             config["model"]["path"] = from_any_folder(config["model"]["path"])

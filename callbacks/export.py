@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from omniquant_pl.calibration.hooks import CalibrationCallback
+from omniquant_pl.calibration.hooks import CalibrationCallback, CalibrationTrainer
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export import Export, FormatName, StorageDtype, check_target, open_format
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.trainer import SequentialTrainer
 
 __all__ = ["ExportCallback"]
 
@@ -41,8 +39,7 @@ class ExportCallback(CalibrationCallback):
         return None if self.format is None else open_format(self.format, model, self._dtype, self._shard_bytes)
 
     @override
-    def on_ready(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_ready(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         export = self._open(model)
         if export is not None:
             export.check_values(model)
@@ -51,8 +48,7 @@ class ExportCallback(CalibrationCallback):
             check_target(run.model, run.path, model.source.folder, key, is_replaced=trainer.resumes)
 
     @override
-    def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_calibration_end(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         export = self._open(model)
         if export is not None and trainer.is_global_zero:
             try:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
-from omniquant_pl.calibration.hooks import CalibrationCallback
-from omniquant_pl.trainer import SequentialTrainer
+from omniquant_pl.calibration.hooks import CalibrationTrainer, FoldingCallback
 
 __all__ = ["FoldCallback"]
 
 
-class FoldCallback(CalibrationCallback):
+class FoldCallback(FoldingCallback):
     """Puts the final weights into a block and writes ``blocks/<index>.safetensors``."""
 
     @override
-    def on_block_trained(self, trainer: Trainer, block: QuantizedBlock) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_block_trained(self, trainer: CalibrationTrainer, block: QuantizedBlock) -> None:
         if block.is_folded:
             return
         block.fold()

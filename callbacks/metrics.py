@@ -14,12 +14,11 @@ from typing_extensions import override
 
 from omniquant_pl import __version__
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
-from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback, CalibrationTrainer, calibration_trainer
 from omniquant_pl.evaluate import model_sizes
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.storage import bits_per_weight
 from omniquant_pl.run.fingerprint import digest_of
-from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["MetricsCallback"]
@@ -39,8 +38,7 @@ class MetricsCallback(CalibrationCallback):
         self._started = self._calibration_started = self._calibrated_before = 0.0
 
     @override
-    def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_calibration_start(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         belongs_to = {**trainer.fingerprint, "evaluation": digest_of(trainer.evaluation_tokens)}
         known = trainer.run_folder.read_metrics() if trainer.resumes else {}
         if {**known.get("fingerprint", {}), "evaluation": known.get("evaluation_sha256")} != belongs_to:
@@ -64,62 +62,59 @@ class MetricsCallback(CalibrationCallback):
         }
 
     @override
-    def on_baseline(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_baseline(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         self._evaluate(trainer, model, "full_precision")
         self._calibration_started = time.perf_counter() - self._calibrated_before
         if not trainer.resumes:
             self._write(trainer)
 
     @override
-    def on_segment_start(self, trainer: Trainer, index: int, blocks: range) -> None:
+    def on_segment_start(self, trainer: CalibrationTrainer, index: int, blocks: range) -> None:
         self.metrics["blocks"] = []
 
     @override
-    def on_segment_end(self, trainer: Trainer, index: int, blocks: range) -> None:
+    def on_segment_end(self, trainer: CalibrationTrainer, index: int, blocks: range) -> None:
         self._write(trainer)
 
     @override
-    def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_segments_joined(self, trainer: CalibrationTrainer, results: Sequence[BlockResult]) -> None:
         self.metrics["blocks"] = [asdict(result) for result in results]
         self.metrics["seconds"]["inputs"] = trainer.input_seconds  # of the segments
         self.metrics["seconds"]["calibration"] = time.perf_counter() - self._calibration_started
         self._write(trainer)
 
     @override
-    def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
+    def on_block_restored(self, trainer: CalibrationTrainer, result: BlockResult) -> None:
         self.metrics["blocks"].append(asdict(result))
 
     @override
-    def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
+    def on_block_end(self, trainer: CalibrationTrainer, block: QuantizedBlock, result: BlockResult) -> None:
         self.metrics["blocks"].append(asdict(result))
         self.metrics["seconds"]["calibration"] = time.perf_counter() - self._calibration_started
         self._write(trainer)
 
     @override
-    def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_calibration_end(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         self._evaluate(trainer, model, "round_to_nearest")  # what it tells is of use now: the first block came sooner
         self._write(trainer)
         self._evaluate(trainer, model, "quantized")
         self._write(trainer)
 
-    def _evaluate(self, trainer: SequentialTrainer, model: OmniQuantModel, variant: str) -> None:
+    def _evaluate(self, trainer: CalibrationTrainer, model: OmniQuantModel, variant: str) -> None:
         known = self.metrics["perplexity"].values()
         if trainer.resumes and variant != "quantized" and all(variant in values for values in known):
             return
-        trainer.call_hook("on_evaluation_start", variant)
+        trainer.call_hook(CalibrationCallback.on_evaluation_start, variant)
         started = time.perf_counter()
         perplexities = trainer.evaluation(model).measure(variant)
         seconds = time.perf_counter() - started
         for name, value in perplexities.items():
             self.metrics["perplexity"][name][variant] = value
         self.metrics["seconds"]["evaluation"] += seconds
-        trainer.call_hook("on_evaluation_end", variant, perplexities, seconds)
+        trainer.call_hook(CalibrationCallback.on_evaluation_end, variant, perplexities, seconds)
 
     def _write(self, trainer: Trainer) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+        trainer = calibration_trainer(trainer)
         self.metrics["seconds"]["total"] = time.perf_counter() - self._started
         self.metrics["peak_memory_bytes"] = peak_memory(trainer.strategy.root_device)
         if trainer.is_global_zero:

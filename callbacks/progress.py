@@ -17,14 +17,13 @@ from typing_extensions import override
 
 from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
-from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback, CalibrationTrainer, calibration_trainer
 from omniquant_pl.callbacks.log_file import LogFile
 from omniquant_pl.callbacks.progress_lines import block_line, divergence, duration, finish_lines, small, variant_name
 from omniquant_pl.callbacks.segments import RemoteSegments
 from omniquant_pl.callbacks.time_left import TimeLeft, last_block_cost
 from omniquant_pl.evaluate import VARIANTS
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.utils.formatting import format_bytes, number
 from omniquant_pl.utils.memory import peak_memory
 
@@ -72,8 +71,7 @@ class ProgressCallback(CalibrationCallback):
             self._log_file.write(line)
 
     @override
-    def on_ready(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_ready(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         self._others = RemoteSegments(trainer.run_folder.segments, self._on_other_block)
         if trainer.global_rank > 0:  # the first process says it all
             self.console.quiet = self._progress.disable = True
@@ -82,8 +80,7 @@ class ProgressCallback(CalibrationCallback):
             self._log_file.open()
 
     @override
-    def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_calibration_start(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         self._started, self._count, self._done = time.monotonic(), len(model.source), 0
         self._say(f"{model.path}: {self._count} blocks to {model.scheme.name}, run folder {trainer.run_folder.path}")
         self._say(f"at most {trainer.epochs_per_block} epochs a block, on {trainer.strategy.root_device}")
@@ -95,8 +92,7 @@ class ProgressCallback(CalibrationCallback):
         self._steps = self._progress.add_task("steps", total=None, detail="")
 
     @override
-    def on_segment_start(self, trainer: Trainer, index: int, blocks: range) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_segment_start(self, trainer: CalibrationTrainer, index: int, blocks: range) -> None:
         self._segment = f"segment {index} · "
         self._say(f"segment {index}: blocks {blocks[0]} to {blocks[-1]}")
         if self._others is not None and trainer.global_rank == 0:
@@ -109,7 +105,7 @@ class ProgressCallback(CalibrationCallback):
         self._say(block_line(block, self._blocks_of_model, segment=f"segment {segment} · "))
 
     @override
-    def on_stitching_start(self, trainer: Trainer, blocks: int) -> None:
+    def on_stitching_start(self, trainer: CalibrationTrainer, blocks: int) -> None:
         self._done = self._count  # also what was finished before an interruption
         self._count += blocks
         self._left.add_blocks(blocks)
@@ -117,7 +113,7 @@ class ProgressCallback(CalibrationCallback):
         self._say(f"stitching: {blocks} blocks once more, on what those in front of them give")
 
     @override
-    def on_segments_joined(self, trainer: Trainer, results: Sequence[BlockResult]) -> None:
+    def on_segments_joined(self, trainer: CalibrationTrainer, results: Sequence[BlockResult]) -> None:
         self._stop_others()
         self._progress.update(self._blocks, completed=self._count)
 
@@ -126,12 +122,12 @@ class ProgressCallback(CalibrationCallback):
             self._others.stop()
 
     @override
-    def on_evaluation_start(self, trainer: Trainer, variant: str) -> None:
+    def on_evaluation_start(self, trainer: CalibrationTrainer, variant: str) -> None:
         self._progress.reset(self._steps, total=None, description="perplexity", detail=variant_name(variant))
 
     @override
     def on_evaluation_end(
-        self, trainer: Trainer, variant: str, perplexities: Mapping[str, float], seconds: float
+        self, trainer: CalibrationTrainer, variant: str, perplexities: Mapping[str, float], seconds: float
     ) -> None:
         found = ", ".join(f"{name} {number(value)}" for name, value in perplexities.items())
         self._left.evaluation_done(seconds)
@@ -139,7 +135,7 @@ class ProgressCallback(CalibrationCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+        trainer = calibration_trainer(trainer)
         steps = trainer.epochs_per_block * int(trainer.num_training_batches)
         self._progress.reset(self._steps, total=steps, description="steps", detail="")
 
@@ -153,7 +149,7 @@ class ProgressCallback(CalibrationCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+        trainer = calibration_trainer(trainer)
         self._progress.advance(self._steps, float(trainer.num_training_batches))
         # Parts of a block count as well, or nothing could be said of the time before the first one is finished.
         part = min(self._progress.tasks[self._blocks].completed + 1 / trainer.epochs_per_block, self._done + 0.99)
@@ -162,7 +158,7 @@ class ProgressCallback(CalibrationCallback):
         self._losses = list(pl_module.epoch_losses)
 
     @override
-    def on_block_restored(self, trainer: Trainer, result: BlockResult) -> None:
+    def on_block_restored(self, trainer: CalibrationTrainer, result: BlockResult) -> None:
         self._done += 1
         self._progress.update(self._blocks, completed=self._done)
         self._left.block_done(None)
@@ -170,7 +166,7 @@ class ProgressCallback(CalibrationCallback):
         self._say(f"{place} · finished before · error {small(result.relative_error)}")
 
     @override
-    def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
+    def on_block_end(self, trainer: CalibrationTrainer, block: QuantizedBlock, result: BlockResult) -> None:
         self._done += 1
         self._left.block_done(result.seconds)
         left = self._left.seconds
@@ -191,8 +187,7 @@ class ProgressCallback(CalibrationCallback):
         return divergence(self._losses) if learns_predictions else None
 
     @override
-    def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+    def on_calibration_end(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         self._progress.stop()
         run = trainer.run_folder
         if run.report.is_file():

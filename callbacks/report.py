@@ -12,12 +12,11 @@ from typing_extensions import override
 
 from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
-from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback, CalibrationTrainer, calibration_trainer
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.report import Record, block_statistics, write_report
-from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["ReportCallback"]
@@ -47,12 +46,12 @@ class ReportCallback(CalibrationCallback):
         self._written_at = self._seconds = 0.0
 
     @override
-    def on_calibration_start(self, trainer: Trainer, model: OmniQuantModel) -> None:
+    def on_calibration_start(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         self._blocks = len(model.source)
         self._written_at = time.monotonic()
 
     @override
-    def on_inputs_observed(self, trainer: Trainer, index: int, inputs: Mapping[str, ChannelRange]) -> None:
+    def on_inputs_observed(self, trainer: CalibrationTrainer, index: int, inputs: Mapping[str, ChannelRange]) -> None:
         self._inputs[index] = inputs
 
     @override
@@ -61,9 +60,8 @@ class ReportCallback(CalibrationCallback):
         self._losses[pl_module.index] = list(pl_module.epoch_losses)
 
     @override
-    def on_block_trained(self, trainer: Trainer, block: QuantizedBlock) -> None:
+    def on_block_trained(self, trainer: CalibrationTrainer, block: QuantizedBlock) -> None:
         """Comes before the block's factors are written: a block that counts as finished has its statistics."""
-        assert isinstance(trainer, SequentialTrainer)
         inputs, losses = self._inputs.pop(block.index), self._losses.pop(block.index, [])
         if self.enabled and trainer.is_global_zero:
             with _at_no_cost(f"what the report says of block {block.index}"):
@@ -71,16 +69,16 @@ class ReportCallback(CalibrationCallback):
                 Record.keep(trainer.run_folder, block_statistics(block.index, block.factors, inputs, losses, memory))
 
     @override
-    def on_block_end(self, trainer: Trainer, block: QuantizedBlock, result: BlockResult) -> None:
+    def on_block_end(self, trainer: CalibrationTrainer, block: QuantizedBlock, result: BlockResult) -> None:
         if time.monotonic() - self._written_at >= max(self.every_seconds, self._seconds / _LARGEST_SHARE):
             self._write(trainer)
 
     @override
-    def on_calibration_end(self, trainer: Trainer, model: OmniQuantModel) -> None:
+    def on_calibration_end(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        assert isinstance(trainer, SequentialTrainer)
+        trainer = calibration_trainer(trainer)
         if not (self.enabled and trainer.is_global_zero):
             return
         started = time.monotonic()

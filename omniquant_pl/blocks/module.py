@@ -44,13 +44,15 @@ class BlockModule(LightningModule):
         learning: Learning rates and their schedule.
         head: What makes logits of the last block's output. With it the loss is not the squared error but the
             Kullback-Leibler divergence of the predicted tokens, ``KL(p_fp || p_q)``, mean over tokens.
+        steps: Optimizer steps that the schedule is spread over.
+        micro_batch_size: Samples computed at once; ``None`` for all of a batch.
+        sums_exactly: Whether gradients are added up in float64, so that their order makes no difference.
+        group: The processes that have the other samples of a batch; ``None`` for this one alone.
+        samples_of: Returns how many samples a batch has in all processes, by its position; ``None`` if there is one.
 
     Attributes:
-        micro_batch_size: Samples computed at once; ``None`` for all of a batch. It falls if they do not fit into memory.
-        is_exact: Whether gradients are added up in float64, so that their order makes no difference.
-        steps: Optimizer steps that the schedule is spread over; set before the fit.
-        group: The processes that have the other samples of a batch.
-        samples_of: Returns how many samples a batch has in all processes, by its position; ``None`` if there is one.
+        micro_batch_size: As given; it falls if the samples do not fit into memory.
+        epoch_losses: Mean loss of each epoch.
     """
 
     def __init__(
@@ -58,16 +60,22 @@ class BlockModule(LightningModule):
         blocks: Sequence[QuantizedBlock],
         learning: LearningSpec,
         head: Callable[[Tensor], Tensor] | None = None,
+        *,
+        steps: int = 0,
+        micro_batch_size: int | None = None,
+        sums_exactly: bool = False,
+        group: Group | None = None,
+        samples_of: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__()
         self._head = head
         self.blocks = nn.ModuleList(blocks)
         self.learning = learning
-        self.steps = 0
-        self.micro_batch_size: int | None = None
-        self.is_exact = False
-        self.group = Group()
-        self.samples_of: Callable[[int], int] | None = None
+        self.micro_batch_size = micro_batch_size
+        self._steps = steps
+        self._sums_exactly = sums_exactly
+        self._group = group or Group()
+        self._samples_of = samples_of
         self._is_compiled = learning.compile
         self._checked: set[int] = set()
         self._batch: Sequence[Tensor] = ()
@@ -111,7 +119,7 @@ class BlockModule(LightningModule):
     def release(self) -> None:
         """Lets go of the blocks and the batches: Lightning holds on to a module until it gets the next one."""
         self.blocks = nn.ModuleList()
-        self._head = self.samples_of = None
+        self._head = self._samples_of = None
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
@@ -122,10 +130,10 @@ class BlockModule(LightningModule):
         """
         self._loss_count += 1
         self._batch = batch
-        samples = len(batch[0]) if self.samples_of is None else self.samples_of(batch_idx)
+        samples = len(batch[0]) if self._samples_of is None else self._samples_of(batch_idx)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         own = self._gradients_that_fit(parameters, samples)
-        loss, gradients = add_gradients(*own, parameters, self.group)
+        loss, gradients = add_gradients(*own, parameters, self._group)
         self._loss_sum += loss
         return with_gradients(loss, gradients, parameters)
 
@@ -171,7 +179,7 @@ class BlockModule(LightningModule):
             _log.warning("block %d: torch.compile %s; the block learns by plain steps", self.index, reason)
 
     def _gradients(self, parameters: Sequence[nn.Parameter], samples: int | None = None) -> _Gradients:
-        dtype = exact_dtype(self._batch[0].device) if self.is_exact else torch.float32
+        dtype = exact_dtype(self._batch[0].device) if self._sums_exactly else torch.float32
         return gradients_by_micro_batch(self.loss, self._batch, parameters, self.micro_batch_size, samples, dtype)
 
     def _shrink_micro_batch(self, message: str) -> None:
@@ -267,5 +275,5 @@ class BlockModule(LightningModule):
         optimizer = AdamW(used, weight_decay=rates.weight_decay, fused=not clips)
         if rates.schedule.is_constant:
             return optimizer
-        scheduler = LambdaLR(optimizer, lambda step: rates.schedule.factor(step, self.steps))
+        scheduler = LambdaLR(optimizer, lambda step: rates.schedule.factor(step, self._steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

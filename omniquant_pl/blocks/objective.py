@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["mean_divergence"]
 
-_TOKENS_AT_ONCE = 1024
+_CHUNK_TOKENS = 1024
 """Logits of so many tokens are in memory at once: 0.5 GB in float32 for a vocabulary of 128 thousand."""
 
 
 def mean_divergence(
-    head: Callable[[Tensor], Tensor], output: Tensor, target: Tensor, micro_batch_size: int = _TOKENS_AT_ONCE
+    head: Callable[[Tensor], Tensor], output: Tensor, target: Tensor, chunk_tokens: int = _CHUNK_TOKENS
 ) -> Tensor:
     """Returns the Kullback-Leibler divergence of the predictions, ``KL(p_target || p_output)``, mean over tokens.
 
@@ -26,11 +26,11 @@ def mean_divergence(
             token for itself.
         output: Hidden states ``[batch, tokens, channels]``; gradients flow into them.
         target: Hidden states of the same shape; no gradients.
-        micro_batch_size: Tokens whose logits are held at once, at least one of each sample; those of further tokens are computed
-            again for their gradients.
+        chunk_tokens: Tokens whose logits are held at once, at least one of each sample; those of further tokens are
+            computed again for their gradients.
     """
     # Never more tokens of a sample than it has: a model computes no position behind its last one.
-    length = max(1, micro_batch_size // len(output))
+    length = max(1, chunk_tokens // len(output))
     outputs, targets = output.split(length, dim=1), target.split(length, dim=1)
     count = output.shape[:2].numel()
     if len(outputs) == 1:

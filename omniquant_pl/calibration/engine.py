@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.blocks.module import BlockModule
+from omniquant_pl.blocks.quantized_block import QuantizedBlock
+from omniquant_pl.calibration.hooks import HookCaller
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.distributed import Group
 from omniquant_pl.hidden_states import HiddenStateBatches, HiddenStates, Storage, map_hidden_states
+from omniquant_pl.spec import LearningSpec
 
 __all__ = ["Engine", "hidden_state_count"]
 
@@ -38,7 +41,8 @@ class Engine:
         device: Where blocks are computed.
         storage: Where streams are kept.
         context: Precision context of a forward pass.
-        fit_block: Lets a block learn from batches.
+        fit_block: Fits the module of a block, or of a window of blocks, to batches.
+        steps: Returns the optimizer steps of a fit with so many batches an epoch.
         call_hook: Calls a hook of the callbacks with its arguments.
         pause: Called where an interruption loses nothing.
         group: The processes that have the other samples; the streams of this one hold its share.
@@ -51,7 +55,8 @@ class Engine:
         storage: Storage,
         context: Callable[[], AbstractContextManager[Any]],
         fit_block: Callable[[BlockModule, HiddenStateBatches], None],
-        call_hook: Callable[..., None],
+        steps: Callable[[int], int],
+        call_hook: HookCaller,
         pause: Callable[[], None] = lambda: None,
         group: Group | None = None,
         micro_batch_size: int | None = None,
@@ -59,11 +64,48 @@ class Engine:
         self.device = device
         self.storage = storage
         self.context = context
-        self.fit_block = fit_block
+        self._fit_block = fit_block
+        self._steps = steps
         self.call_hook = call_hook
         self.pause = pause
         self.group = group or Group()
         self.micro_batch_size = micro_batch_size
+        self._fitting_size = micro_batch_size  # falls where memory runs out
+
+    def learn(
+        self,
+        blocks: Sequence[QuantizedBlock],
+        rates: LearningSpec,
+        head: Callable[[Tensor], Tensor] | None,
+        batches: HiddenStateBatches,
+    ) -> int:
+        """Let blocks learn together from batches, each block left on the device.
+
+        Args:
+            blocks: Consecutive blocks, in order.
+            rates: Learning rates and their schedule.
+            head: As of :class:`BlockModule`.
+            batches: Inputs of the first block, and one or two targets of the last one.
+
+        Returns:
+            The number of epochs learned.
+        """
+        module = BlockModule(
+            blocks,
+            rates,
+            head,
+            steps=self._steps(len(batches)),
+            micro_batch_size=self._fitting_size,
+            sums_exactly=self.micro_batch_size is not None,
+            group=self.group,
+            samples_of=batches.samples_of,
+        )
+        self._fit_block(module, batches)
+        self._fitting_size = module.micro_batch_size
+        for block in blocks:
+            block.to(self.device)  # a fit ends with what has learned on the CPU
+        module.release()
+        return len(module.epoch_losses)
 
     def embed(self, source: SourceModel, tokens: Tensor) -> HiddenStates:
         """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""

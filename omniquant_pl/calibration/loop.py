@@ -14,10 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
 from omniquant_pl.calibration.engine import Engine
-from omniquant_pl.calibration.hooks import BlockResult
+from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.calibration.resume import ResumeState
 from omniquant_pl.distributed import add_moments, check_equal_blocks, join_ranges, join_samples
 from omniquant_pl.errors import CalibrationError
@@ -118,7 +117,7 @@ class Calibration:
             result = finished.result(number)
             if result is None or number >= needed:
                 result = self._restore(number, result)
-            self._engine.call_hook("on_block_restored", result)
+            self._engine.call_hook(CalibrationCallback.on_block_restored, result)
             self._engine.pause()
         return end
 
@@ -164,12 +163,12 @@ class Calibration:
         del original
         inputs = join_ranges(ranges, {name: tensors[f"{name}.weight"].shape[1] for name in linears}, device, group)
         rows = join_samples(samples, group)
-        self._engine.call_hook("on_inputs_observed", index, inputs)
+        self._engine.call_hook(CalibrationCallback.on_inputs_observed, index, inputs)
         block = self._model.block(index, tensors, call, inputs, rows, self._engine.device)
         self._leave_unreached(block, inputs)
         if self._warm is not None:
             block.factors.load(self._warm(index), f"block {index} of its segment")
-        self._engine.call_hook("on_block_start", block)
+        self._engine.call_hook(CalibrationCallback.on_block_start, block)
         return _Pending(block, tensors, target, seconds=time.perf_counter() - started)
 
     def _leave_unreached(self, block: QuantizedBlock, reached: Collection[str]) -> None:
@@ -196,17 +195,12 @@ class Calibration:
             targets.append(self._augmented_target(window))
         blocks = [entry.block for entry in window]
         needs_head = blocks[-1].index == len(self._source) - 1 and self._model.output_loss == "kl"
-        module = BlockModule(blocks, self._model.learning, self._source.logits if needs_head else None)
         batches = HiddenStateBatches((hidden, *targets), self._batch_size, self._order, self._share)
         engine = self._engine
-        module.group, module.samples_of = engine.group, batches.samples_of
-        module.micro_batch_size, module.is_exact = engine.micro_batch_size, engine.micro_batch_size is not None
         with self._source.on(engine.device) if needs_head else nullcontext():
-            engine.fit_block(module, batches)
-        for entry in window:
-            entry.block.to(engine.device)  # a fit ends with what has learned on the CPU
-            entry.block.epochs += len(module.epoch_losses)
-        module.release()
+            epochs = engine.learn(blocks, self._model.learning, self._source.logits if needs_head else None, batches)
+        for block in blocks:
+            block.epochs += epochs
         window[0].seconds += time.perf_counter() - started
 
     def _measure_initial_losses(self, window: Sequence[_Pending]) -> None:
@@ -240,15 +234,15 @@ class Calibration:
             columns = {name: entry.tensors[f"{name}.weight"].shape[1] for name in observed}
             add = partial(add_moments, columns=columns, device=engine.device, group=engine.group)
             block.choose_codes(lambda: engine.map(block, hidden, splits=False), add)
-        engine.call_hook("on_block_trained", block)
+        engine.call_hook(CalibrationCallback.on_block_trained, block)
         if not block.is_folded:
-            raise CalibrationError("no callback folded the block; trainer.callbacks needs a FoldCallback")
+            raise CalibrationError(f"block {block.index}: no callback has folded it; on_block_trained of one has to")
         check_equal_blocks(block.index, block.tensors.values(), engine.group)
         output = engine.map(block, hidden)
         seconds = entry.seconds + time.perf_counter() - started
         result = self._measure(block, entry.tensors, entry.target, output, seconds)
         self._streams.advance(entry.target, output)
-        engine.call_hook("on_block_end", block, result)
+        engine.call_hook(CalibrationCallback.on_block_end, block, result)
         self._kept.keep(block.index + 1, self._streams)
 
     def _measure(

@@ -35,12 +35,12 @@ from omniquant_pl.callbacks import (
 )
 from omniquant_pl.cli.help import descriptions, own_settings_first, reword
 from omniquant_pl.cli.messages import Asked, check_config_file, explain, fit_first
+from omniquant_pl.commands.command_trainer import CommandTrainer
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import RemoteRankError
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.checkpoints import previous_of
-from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.trainer.checks import require_single_process
 from omniquant_pl.utils.presets import find_config
 from omniquant_pl.utils.signals import Interrupted, requeue
@@ -107,6 +107,8 @@ class OmniQuantCLI(LightningCLI):
         runs: Whether the command runs once its settings are checked.
         options: As :class:`LightningCLI`.
     """
+
+    trainer: CommandTrainer
 
     def __init__(self, *, args: ArgsType = None, runs: bool = True, **options: Any) -> None:
         self._runs = runs
@@ -180,8 +182,7 @@ class OmniQuantCLI(LightningCLI):
             ConfigurationError: If the run folder holds the factors of a run with other settings.
         """
         config = self._settings("fit")
-        assert isinstance(self.trainer, SequentialTrainer)
-        if not (config.get("ckpt_path") and config["checkpoint"]["force"]):
+        if not (config.get("ckpt_path") and self.trainer.forces_resume):
             self.trainer.run_folder.check_same_settings(config, bool(config.get("ckpt_path")))
 
     def before_test(self) -> None:
@@ -217,7 +218,6 @@ class OmniQuantCLI(LightningCLI):
     def before_compare(self) -> None:
         """Called by Lightning before methods are compared: each of them gets a configuration made from this one."""
         self._require_single_process()
-        assert isinstance(self.trainer, SequentialTrainer)
         self.trainer.settings = self._settings("compare")
 
     def before_plan(self) -> None:
@@ -225,16 +225,13 @@ class OmniQuantCLI(LightningCLI):
         self._require_single_process()
 
     def _require_single_process(self) -> None:
-        assert isinstance(self.trainer, SequentialTrainer)
         require_single_process(self.trainer)
 
     def _check_same_settings(self, subcommand: str) -> None:
         self._require_single_process()
-        assert isinstance(self.trainer, SequentialTrainer)
         self.trainer.run_folder.check_same_settings(self._settings(subcommand))
 
     def _check_run_exists(self) -> None:
-        assert isinstance(self.trainer, SequentialTrainer)
         run = self.trainer.run_folder
         if not (run.config.is_file() or run.blocks.is_dir()):
             raise ConfigurationError("trainer.default_root_dir", fit_first(run.path, _asked.get()))
@@ -276,7 +273,7 @@ def run(arguments: list[str] | None = None, runs: bool = True) -> OmniQuantCLI:
     return OmniQuantCLI(
         model_class=OmniQuantModel,
         datamodule_class=CalibrationData,
-        trainer_class=SequentialTrainer,
+        trainer_class=CommandTrainer,
         trainer_defaults=_TRAINER_DEFAULTS,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -15,17 +14,14 @@ from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.trainer.block_parallel import block_costs
+from omniquant_pl.trainer.block_trainer import BlockTrainer
 from omniquant_pl.trainer.checks import check_compile
-from omniquant_pl.trainer.run_trainer import RunTrainer
-
-if TYPE_CHECKING:
-    from omniquant_pl.trainer.sequential import SequentialTrainer
 
 __all__ = ["plan_run"]
 
 
 def plan_run(
-    trainer: RunTrainer,
+    trainer: BlockTrainer,
     model: OmniQuantModel,
     datamodule: CalibrationData,
     devices: int = 8,
@@ -59,29 +55,28 @@ def plan_run(
         ConfigurationError: If the calibration cannot be shared out; it names the setting.
     """
     del ckpt_path, weights_only
-    sequential = cast("SequentialTrainer", trainer)
     if teraflops is None:
-        times, job = _measured(sequential, model, datamodule)
+        times, job = _measured(trainer, model, datamodule)
         origin = f"measured on this machine's {trainer.strategy.root_device.type}"
     else:
         for key, value in (("teraflops", teraflops), ("bandwidth", bandwidth)):
             if value <= 0:
                 raise ConfigurationError(key, f"{value:g} is not a positive number")
-        times, job = _estimated(sequential, model, datamodule, teraflops, bandwidth)
+        times, job = _estimated(trainer, model, datamodule, teraflops, bandwidth)
         origin = f"an estimate: {teraflops:g} TFLOP/s and {bandwidth:g} GB/s sustained, nothing was measured"
     result = plan(job, times, devices, nodes, _configured(trainer) if segments is None else segments)
     Console().print(plan_table(result, f"{_devices(devices * nodes)}; {origin}"))
     return result
 
 
-def _configured(trainer: RunTrainer) -> int | None:
+def _configured(trainer: BlockTrainer) -> int | None:
     """The segments that the configuration asks for."""
     if isinstance(trainer.strategy, BlockParallelStrategy):
         return trainer.strategy.segments
     return 1 if isinstance(trainer.strategy, DataParallelStrategy) else None
 
 
-def _job(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationData, job: Job) -> Job:
+def _job(trainer: BlockTrainer, model: OmniQuantModel, data: CalibrationData, job: Job) -> Job:
     strategy = trainer.strategy
     if isinstance(strategy, BlockParallelStrategy):
         job = replace(job, stitch_epochs=strategy.stitch_epochs, stitch_blocks=strategy.stitch_blocks)
@@ -95,7 +90,7 @@ def _job(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationDat
     )
 
 
-def _measured(trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationData) -> tuple[BlockTimes, Job]:
+def _measured(trainer: BlockTrainer, model: OmniQuantModel, data: CalibrationData) -> tuple[BlockTimes, Job]:
     tokens: Tensor = trainer.prepare(model, data)
     check_compile(model, data, trainer.strategy.root_device, trainer.group)
     source, costs = model.source, block_costs(model)
@@ -109,7 +104,7 @@ def _measured(trainer: SequentialTrainer, model: OmniQuantModel, data: Calibrati
 
 
 def _estimated(
-    trainer: SequentialTrainer, model: OmniQuantModel, data: CalibrationData, teraflops: float, bandwidth: float
+    trainer: BlockTrainer, model: OmniQuantModel, data: CalibrationData, teraflops: float, bandwidth: float
 ) -> tuple[BlockTimes, Job]:
     found = read_skeleton(model.path)
     tokens = data.sequence_length or min(2048, found.positions)

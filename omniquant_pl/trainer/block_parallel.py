@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from omniquant_pl.calibration.engine import Engine
+from omniquant_pl.calibration.hooks import CalibrationCallback
 from omniquant_pl.calibration.resume import ResumeState
-from omniquant_pl.commands.planning import segment_inputs
+from omniquant_pl.calibration.segment_inputs import segment_inputs
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import BlockParallelStrategy, balanced_segments
 from omniquant_pl.evaluate import original_blocks
@@ -22,10 +22,9 @@ from omniquant_pl.evaluate.perplexity import BlockBuilder
 from omniquant_pl.hidden_states import HiddenStatePair, HiddenStates
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
+from omniquant_pl.trainer.block_trainer import BlockTrainer
+from omniquant_pl.trainer.run_trainer import FitContext
 from omniquant_pl.utils.files import replace_file
-
-if TYPE_CHECKING:
-    from omniquant_pl.trainer.sequential import SequentialTrainer
 
 __all__ = ["SegmentedCalibration", "block_costs", "segment_settings"]
 
@@ -64,7 +63,7 @@ class SegmentedCalibration:
 
     def __init__(
         self,
-        trainer: SequentialTrainer,
+        trainer: BlockTrainer,
         strategy: BlockParallelStrategy,
         model: OmniQuantModel,
         data: CalibrationData,
@@ -79,7 +78,7 @@ class SegmentedCalibration:
     def run(self) -> None:
         """Calibrates all segments, and joins them."""
         folders = [RunFolder(self._root.segments / f"{number:05d}") for number in range(len(self._segments))]
-        if self._trainer.finished(self._root).is_done(range(len(self._model.source))):
+        if self._trainer.resume_state(self._root).is_done(range(len(self._model.source))):
             self._join([self._root])
             return
         self._calibrate(folders, original_blocks(self._model.source))
@@ -102,14 +101,14 @@ class SegmentedCalibration:
         for number in undone:
             streams = HiddenStatePair(inputs.pop(self._segments[number].start))
             with self._inside(folders[number]):
-                self._calibrate_segment(number, streams, self._trainer.finished(folders[number]))
+                self._calibrate_segment(number, streams, self._trainer.resume_state(folders[number]))
         self._mesh.world.barrier()
 
     def _stitch(self, drafts: list[RunFolder]) -> list[RunFolder]:
         """Lets the first blocks of each segment but the first learn on what the drafts of those in front give."""
         folders = [drafts[0], *(RunFolder(draft.path / "stitched") for draft in drafts[1:])]
         undone = [n for n in self._own if n > 0 and not self._is_done(n, folders[n])]
-        self._trainer.call_hook("on_stitching_start", sum(map(len, self._segments[1:])))
+        self._trainer.call_hook(CalibrationCallback.on_stitching_start, sum(map(len, self._segments[1:])))
         if self._mesh.world.any(bool(undone)):
             engine, stitched = self._engine(), range(1, len(drafts))
             originals = self._inputs(original_blocks(self._model.source), stitched, engine)
@@ -119,7 +118,7 @@ class SegmentedCalibration:
             streams = HiddenStatePair(originals.pop(start), quantized.pop(start))
             with self._inside(folders[number], self._strategy.stitch_epochs):
                 self._keep_draft(number, drafts[number])
-                finished = self._trainer.finished(folders[number], resumes=True)
+                finished = self._trainer.resume_state(folders[number], resumes=True)
                 self._calibrate_segment(number, streams, finished, drafts[number].load_factors)
         self._mesh.world.barrier()
         return folders
@@ -152,51 +151,42 @@ class SegmentedCalibration:
         return found
 
     def _is_done(self, number: int, folder: RunFolder) -> bool:
-        return self._trainer.finished(folder).is_done(self._segments[number])
+        return self._trainer.resume_state(folder).is_done(self._segments[number])
 
     def _calibrate_segment(
         self,
         number: int,
         streams: HiddenStatePair,
-        finished: ResumeState,
+        state: ResumeState,
         warm: Callable[[int], Mapping[str, Tensor]] | None = None,
     ) -> None:
         trainer, blocks = self._trainer, self._segments[number]
-        trainer.call_hook("on_segment_start", number, blocks)
-        trainer.calibrate(
-            self._model, self._data, len(self._tokens), blocks, streams, self._engine(), finished, warm=warm
-        )
-        trainer.call_hook("on_segment_end", number, blocks)
+        trainer.call_hook(CalibrationCallback.on_segment_start, number, blocks)
+        trainer.calibrate(self._model, self._data, len(self._tokens), blocks, streams, self._engine(), state, warm=warm)
+        trainer.call_hook(CalibrationCallback.on_segment_end, number, blocks)
 
     @contextmanager
     def _inside(self, folder: RunFolder, epochs: int | None = None) -> Iterator[None]:
         """For a while, the trainer works in a segment's folder, with the processes that share its samples."""
         trainer = self._trainer
-        before = trainer.run_folder, trainer.loggers, trainer.epochs_per_block
+        epochs = trainer.epochs_per_block if epochs is None else epochs
         with self._strategy.inside(self._mesh.data):
             if trainer.is_global_zero:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 folder.keep_log()
-            trainer.run_folder = folder
-            if trainer.loggers:
-                trainer.loggers = [CSVLogger(folder.path, name="logs", version="")]
-            if epochs is not None:
-                trainer.epochs_per_block = epochs
-            try:
+            with trainer.inside(FitContext(folder, epochs)):
                 yield
-            finally:
-                trainer.run_folder, trainer.loggers, trainer.epochs_per_block = before
 
     def _join(self, folders: list[RunFolder]) -> None:
         """Puts the blocks of all segments into the run's folder."""
         results = []
         parts = self._segments if len(folders) > 1 else [range(len(self._model.source))]
         for blocks, folder in zip(parts, folders, strict=True):
-            finished = self._trainer.finished(folder, resumes=True)
+            finished = self._trainer.resume_state(folder, resumes=True)
             results += [result for result in map(finished.result, blocks) if result is not None]
             for index in blocks if self._mesh.world.is_first and folder is not self._root else ():
                 _copy_block(index, folder, self._root)
-        self._trainer.call_hook("on_segments_joined", results)
+        self._trainer.call_hook(CalibrationCallback.on_segments_joined, results)
         self._mesh.world.barrier()
 
 

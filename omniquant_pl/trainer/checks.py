@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from omniquant_pl.blocks.compiled import check_compiler
+from omniquant_pl.calibration.hooks import CalibrationCallback, FoldingCallback
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import (
     BlockParallelStrategy,
@@ -28,6 +29,7 @@ from omniquant_pl.spec import PRECISIONS
 
 __all__ = [
     "check_compile",
+    "check_folding",
     "check_options",
     "check_segments",
     "check_settings",
@@ -57,6 +59,13 @@ def check_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> No
     if root.exists() and not root.is_dir():
         raise ConfigurationError("trainer.default_root_dir", f"{root} is not a folder")
     _check_precision(options.get("precision"))
+
+
+def check_folding(callbacks: Sequence[CalibrationCallback]) -> None:
+    """Refuse a fit whose blocks nobody would fold, before any block has learned for hours."""
+    if not any(isinstance(callback, FoldingCallback) for callback in callbacks):
+        message = "no callback folds the blocks; add omniquant_pl.callbacks.FoldCallback"
+        raise ConfigurationError("trainer.callbacks", message)
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor
+from typing_extensions import override
 
-from omniquant_pl.calibration.hooks import CalibrationCallback
+from omniquant_pl.calibration.hooks import CalibrationTrainer
 from omniquant_pl.data import CalibrationData, TextSettings
 from omniquant_pl.distributed import Group, GroupStrategy
 from omniquant_pl.evaluate import Evaluation
@@ -24,12 +26,22 @@ from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.trainer.checks import check_options, check_trainer, chosen_strategy
 from omniquant_pl.trainer.devices import check_devices, lightning_refusal
 
-__all__ = ["RunTrainer", "bind", "seed"]
+__all__ = ["FitContext", "RunTrainer", "bind", "seed"]
 
 _log = logging.getLogger(__name__)
 
 
-class RunTrainer(Trainer):
+@dataclass(frozen=True)
+class FitContext:
+    """What differs between the fit of a whole model and that of one of its segments."""
+
+    folder: RunFolder
+    """Where factors, checkpoints and logs go."""
+    epochs: int
+    """Epochs that a block learns."""
+
+
+class RunTrainer(CalibrationTrainer):
     """What every command on a run needs.
 
     Args:
@@ -55,7 +67,7 @@ class RunTrainer(Trainer):
         options["default_root_dir"] = str(root)
         options["plugins"] = [*_listed(options.get("plugins")), GuardedCheckpointIO()]
         if logger is None or logger is True:
-            logger = CSVLogger(root, name="logs", version="")
+            logger = _logger_in(root)
         check_options(max_epochs, root, options)
         check_devices(options)
         options["strategy"] = chosen_strategy(options)
@@ -64,9 +76,37 @@ class RunTrainer(Trainer):
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             raise lightning_refusal(error, options) from error
         check_trainer(self)
-        self.run_folder = RunFolder(root)
+        self._contexts = [FitContext(RunFolder(root), max_epochs)]
         self.evaluation_tokens: dict[str, Tensor] = {}
         self.settings: Mapping[str, Any] = {}
+
+    @property
+    def context(self) -> FitContext:
+        """Where the current blocks are written to, and how long they learn: the run's own, or a segment's."""
+        return self._contexts[-1]
+
+    @property
+    @override
+    def run_folder(self) -> RunFolder:
+        return self.context.folder
+
+    @property
+    @override
+    def epochs_per_block(self) -> int:
+        return self.context.epochs
+
+    @contextmanager
+    def inside(self, context: FitContext) -> Iterator[None]:
+        """Calibrate in another context for a while; loggers, if there are any, write into its folder."""
+        loggers = self.loggers
+        self._contexts.append(context)
+        if loggers:
+            self.loggers = [_logger_in(context.folder.path)]
+        try:
+            yield
+        finally:
+            self._contexts.pop()
+            self.loggers = loggers
 
     def prepare(self, model: OmniQuantModel, data: CalibrationData) -> Tensor:
         """Opens model and data and refuses what cannot work, before any work.
@@ -87,6 +127,7 @@ class RunTrainer(Trainer):
             model.verify()
         return tokens
 
+    @override
     def evaluation(self, model: OmniQuantModel) -> Evaluation:
         """Returns what measures the perplexities of the run; :meth:`prepare` comes first."""
         # Apart from a calibration's files: a run that is measured may be going on.
@@ -104,17 +145,10 @@ class RunTrainer(Trainer):
         """The processes that work on the same thing as this one."""
         return self.strategy.group if isinstance(self.strategy, GroupStrategy) else Group()
 
-    def call_hook(self, hook: str, *arguments: Any) -> None:
-        """Calls a hook of :class:`CalibrationCallback` on every callback that has it: in order, an end in reverse."""
-        callbacks = self.calibration_callbacks
-        for callback in reversed(callbacks) if hook.endswith("_end") else callbacks:
-            getattr(callback, hook)(self, *arguments)
 
-    @property
-    def calibration_callbacks(self) -> list[CalibrationCallback]:
-        """The callbacks that hear of more than Lightning's hooks."""
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, CalibrationCallback)]
+def _logger_in(folder: Path) -> CSVLogger:
+    """The logger that writes ``logs/metrics.csv``."""
+    return CSVLogger(folder, name="logs", version="")
 
 
 def _listed(plugins: Any) -> list[Any]:

@@ -19,14 +19,14 @@ def states() -> tuple[Tensor, Tensor]:
     return output.requires_grad_(), target
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 7, 10, 29, 30, 1024])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 10, 29, 30, 1024])
 def test_stretches_give_the_divergence_and_gradient_of_all_tokens(
-    states: tuple[Tensor, Tensor], micro_batch_size: int
+    states: tuple[Tensor, Tensor], chunk_tokens: int
 ) -> None:
     output, target = states
     expected = kl_divergence(Categorical(logits=HEAD(target)), Categorical(logits=HEAD(output))).mean()
     (gradient,) = torch.autograd.grad(expected, output)
-    found = mean_divergence(HEAD, output, target, micro_batch_size)
+    found = mean_divergence(HEAD, output, target, chunk_tokens)
     assert torch.allclose(found.double(), expected, rtol=1e-5)
     assert torch.allclose(torch.autograd.grad(found, output)[0], gradient, rtol=1e-4, atol=1e-8)
 
@@ -41,7 +41,7 @@ def test_logits_of_a_stretch_are_all_that_is_held(states: tuple[Tensor, Tensor])
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        mean_divergence(HEAD, output, target, micro_batch_size=6)
+        mean_divergence(HEAD, output, target, chunk_tokens=6)
     assert max(sizes, default=0) < 30 * 11
 
 
@@ -53,6 +53,6 @@ def test_no_stretch_has_more_tokens_than_a_sample(states: tuple[Tensor, Tensor])
         lengths.append(hidden.shape[1])
         return HEAD(hidden)
 
-    for micro_batch_size in (1, 7, 29, 1024):
-        mean_divergence(head, *states, micro_batch_size)
+    for chunk_tokens in (1, 7, 29, 1024):
+        mean_divergence(head, *states, chunk_tokens)
     assert max(lengths) == states[0].shape[1]

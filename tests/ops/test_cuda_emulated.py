@@ -78,7 +78,7 @@ def configure(
     library.emulation_configure(processors, shared, eager, backwards)
 
 
-def call_hook(library: ctypes.CDLL, *tensors: Tensor | None) -> None:
+def announce(library: ctypes.CDLL, *tensors: Tensor | None) -> None:
     """Allow the kernels to read from these and nothing else."""
     for tensor in tensors:
         if tensor is not None:
@@ -129,7 +129,7 @@ def test_products(
     x = torch.randn(n, columns).to(dtype)
     for processors, shared in ((1, ADA_SHARED), (100, H200_SHARED)):  # 8 warps a block, then 16
         configure(library, processors, shared, eager=case % 2 == 0, backwards=case // 2 % 2 == 0)
-        call_hook(library, x, *weight.tensors())
+        announce(library, x, *weight.tensors())
         result = kernels.packed_linear(x, *weight.tensors(), bits, group_size)
         assert_product(result, x, weight)
         assert library.emulation_bad_reads() == 0
@@ -183,7 +183,7 @@ def test_alignment_does_not_matter(library: ctypes.CDLL, kernels: PackedCudaKern
     weight = Weight(4, 20, 256, 128, torch.float16, symmetric=False)
     words = torch.cat([torch.zeros(1, dtype=torch.int32), weight.words.flatten()])[1:].view(20, 32)
     x = torch.randn(1025).bfloat16()[1:].view(4, 256)
-    call_hook(library, x, words, weight.scale, weight.zero_point)
+    announce(library, x, words, weight.scale, weight.zero_point)
     assert_product(kernels.packed_linear(x, words, weight.scale, weight.zero_point, 4, 128), x, weight)
     assert library.emulation_bad_reads() == 0
 

@@ -1,6 +1,5 @@
-"""Calibration on several machines: what is in front of segments, and what it takes."""
+"""What a calibration on a cluster takes: sizes, times, and the plan made of them."""
 
-from omniquant_pl.calibration.segment_inputs import segment_inputs
 from omniquant_pl.commands.planning.cost import BlockTimes, Job, Plan, plan
 from omniquant_pl.commands.planning.sizes import Skeleton, read_skeleton
 from omniquant_pl.commands.planning.timing import estimated_times, measured_times
@@ -14,5 +13,4 @@ __all__ = [
     "measured_times",
     "plan",
     "read_skeleton",
-    "segment_inputs",
 ]

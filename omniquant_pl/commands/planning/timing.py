@@ -59,9 +59,10 @@ def measured_times(
         forward, _ = _timed(partial(call, original, part), device)
     rows = {name: found.rows for name, found in samples.items()}
     block = model.block(index, tensors, call, inputs, rows, device)
-    module = BlockModule([block], model.learning).to(device)
-    module.steps = _REPEATS
-    module.micro_batch_size, module.is_exact = engine.micro_batch_size, engine.micro_batch_size is not None
+    size = engine.micro_batch_size
+    module = BlockModule(
+        [block], model.learning, steps=_REPEATS, micro_batch_size=size, sums_exactly=size is not None
+    ).to(device)
     configured = module.configure_optimizers() if list(module.parameters()) else None
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     step = 0.0

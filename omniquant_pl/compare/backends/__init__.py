@@ -1,7 +1,7 @@
 """Other tools, each behind the same small program: a model, tokens and a width in, a plain float32 model out.
 
-``python -m omniquant_pl.compare.backends.with_gptqmodel --help``. The programs need torch, transformers and their tool, nothing
-else of this package, so that they also run in an environment of the tool's own.
+``python -m omniquant_pl.compare.backends.with_gptqmodel --help`` shows one. The programs need torch, transformers and
+their tool, nothing else of this package, so that they also run in an environment of the tool's own.
 """
 
 from __future__ import annotations
