@@ -30,8 +30,8 @@ from omniquant_pl.cli.program import quieten, run
 SETTINGS = {
     "clipping": ["--config=w3a16.yaml"],
     "w4a4, streams on disk": ["--config=w4a4.yaml", "--model.activation_budget={device: 0, host: 0}"],
-    "learned rounding": ["--config=w2a16g64.yaml", "--model.rounding=learned", "--model.weights.group_size=16"],
-    "windows": ["--config=w3a16.yaml", "--model.window={blocks: 2, stride: 1}"],
+    "learned rounding": ["--config=w2a16g64.yaml", "--model.rounding.method=learned", "--model.weights.group_size=16"],
+    "windows": ["--config=w3a16.yaml", "--model.objective.window={blocks: 2, stride: 1}"],
     "best state": ["--config=w3a16.yaml", "--trainer.callbacks=[omniquant_pl.callbacks.KeepBestState]"],
 }
 

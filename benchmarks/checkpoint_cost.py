@@ -24,7 +24,7 @@ from omniquant_pl.callbacks import CheckpointCallback, FoldCallback
 from omniquant_pl.cli.program import quieten
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.spec import WeightSpec
+from omniquant_pl.spec import RoundingSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 Rounding = Literal["nearest", "learned"]
@@ -59,7 +59,7 @@ def measure(model: Path, tokens: Path, folder: Path, rounding: Rounding) -> Time
         callbacks=[FoldCallback(), CheckpointCallback(every_n_steps=1)],
     )
     data = CalibrationData(dataset=str(tokens), samples=8, evaluation=[str(tokens)])
-    trainer.fit(OmniQuantModel(str(model), WeightSpec(4, 128), rounding=rounding), datamodule=data)
+    trainer.fit(OmniQuantModel(str(model), WeightSpec(4, 128), rounding=RoundingSpec(rounding)), datamodule=data)
     return trainer
 
 

@@ -85,8 +85,8 @@ class Problem:
     ) -> Step:
         """The package's step, in a loop without Lightning."""
         block = self.model.block(0, self.tensors, self.call, self.inputs, device=self.hidden.device)
-        learning = replace(self.model.learning, compile=compiles)
-        module = BlockModule([block], learning).to(self.hidden.device)
+        rates = replace(self.model.rates, learning=replace(self.model.learning, compile=compiles))
+        module = BlockModule([block], rates).to(self.hidden.device)
         optimizer = cast(torch.optim.Optimizer, module.configure_optimizers())
         module.on_fit_start()
 
@@ -109,7 +109,7 @@ class Problem:
         plain = FormulaBlock(block.tensors, block.factors.export(), self.shape, *widths, theta).to(self.hidden.device)
         transform = [plain.factor(name) for name in plain.names if name.endswith(".scale")]
         clipping = [plain.factor(name) for name in plain.names if ".clip." in name]
-        rates = self.model.learning
+        rates = self.model.rates
         groups = [{"params": clipping, "lr": rates.clipping}, {"params": transform, "lr": rates.transform}]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 

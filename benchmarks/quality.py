@@ -70,18 +70,18 @@ RUNS = ("smoothquant", "awq", "gptq", "paper", "best")
 """The methods of ``compare`` that are run; rounding to nearest is measured beside each of them."""
 
 
-LINEAR: Settings = {"model.schedule": {"decay": "linear"}}
+LINEAR: Settings = {"model.learning": {"schedule": {"decay": "linear"}}}
 SEARCH: Settings = {
     "model.transform": {"lr": 5e-3, "initial": "awq", "mlp": True},
     "model.clipping": {"lr": 1e-2, "search": True},
 }
 OPTIONS: dict[str, Settings] = {
-    "window of 2": {"model.window": {"blocks": 2}},
-    "learned rounding, linear decay": LINEAR | {"model.rounding": "learned"},
-    "GPTQ rounding": {"model.rounding": "gptq"},
+    "window of 2": {"model.objective": {"window": {"blocks": 2}}},
+    "learned rounding, linear decay": LINEAR | {"model.rounding": {"method": "learned"}},
+    "GPTQ rounding": {"model.rounding": {"method": "gptq"}},
     "AWQ start": SEARCH,
-    "divergence at the last block": {"model.output_loss": "kl"},
-    "warm-up 10 %, cosine decay": {"model.schedule": {"warmup": 0.1, "decay": "cosine"}},
+    "divergence at the last block": {"model.objective": {"output_loss": "kl"}},
+    "warm-up 10 %, cosine decay": {"model.learning": {"schedule": {"warmup": 0.1, "decay": "cosine"}}},
     "8 samples a step, rates x 3": {"data.batch_size": 8, "model.clipping": {"lr": 3e-2}},
     "best state": {"trainer.callbacks": [{"class_path": "omniquant_pl.callbacks.KeepBestState"}]},
     "rotation": {"model.rotation": {}},
@@ -95,9 +95,9 @@ ABLATED: dict[str, tuple[str, ...]] = {
 """The rows that options are measured on alone, and which."""
 
 WITHOUT: dict[str, Settings] = {
-    "learned rounding": {"model.rounding": "nearest"},
-    "divergence at the last block": {"model.output_loss": "mse"},
-    "linear decay": {"model.schedule": {"decay": "none"}},
+    "learned rounding": {"model.rounding": {"method": "nearest"}},
+    "divergence at the last block": {"model.objective": {"output_loss": "mse"}},
+    "linear decay": {"model.learning": {"schedule": {"decay": "none"}}},
     "transformation": {"model.transform": None},
     "clipping search": {"model.clipping.search": False},
     "bfloat16 products": {"trainer.precision": "32-true"},

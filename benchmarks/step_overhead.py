@@ -36,7 +36,7 @@ def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, 
     original = source.make_block(0, tensors)
     with torch.no_grad(), observe_inputs(original, source.layouts[0].linears) as inputs:
         target = call(original, hidden)
-    return BlockModule([model.block(0, tensors, call, inputs)], model.learning), (hidden, target)
+    return BlockModule([model.block(0, tensors, call, inputs)], model.rates), (hidden, target)
 
 
 def bare(module: BlockModule, batches: HiddenStateBatches) -> float:

@@ -21,13 +21,14 @@ from omniquant_pl.spec import (
     ActivationSpec,
     BudgetSpec,
     ClippingSpec,
+    FactorRates,
     LearningSpec,
+    ObjectiveSpec,
     RotationSpec,
-    ScheduleSpec,
+    RoundingSpec,
     Scheme,
     TransformSpec,
     WeightSpec,
-    WindowSpec,
 )
 
 __all__ = ["OmniQuantModel"]
@@ -47,16 +48,9 @@ class OmniQuantModel(LightningModule):
         clipping: Learnable weight clipping; null turns it off.
         transform: Learnable equivalent transformation; null turns it off.
         rotation: Hadamard rotations folded into the weights before anything is learned; null turns them off.
-        aug_loss: Add the error against the full-precision block's output for the quantized stream's input.
-        window: Consecutive blocks that learn together.
-        rounding: Which codes weights get. nearest; learned: with an offset per weight, learned along with the other
-            factors; gptq: chosen when a block is folded, each making up for the errors of those before it.
-        rounding_lr: AdamW learning rate of the offsets, in codes.
-        output_loss: Loss of the last block. mse: as every block; kl: divergence of the model's predictions.
-        schedule: How the learning rates change over the steps of a block.
-        weight_decay: AdamW weight decay of all factors.
-        compile: Compile the steps by torch.compile, once for all blocks that are alike: half a minute at first, and
-            shorter steps from then on. Their gradients differ by rounding.
+        rounding: Which codes weights get.
+        objective: What a block minimises.
+        learning: How factors learn: schedule, weight decay, compiled steps.
         activation_dtype: What the hidden states between blocks are stored in; null: bfloat16 if the checkpoint is, else
             float32.
         activation_budget: Memory that they may take; results do not depend on it.
@@ -76,14 +70,9 @@ class OmniQuantModel(LightningModule):
         clipping: ClippingSpec | None = ClippingSpec(),  # noqa: B008 (frozen)
         transform: TransformSpec | None = None,
         rotation: RotationSpec | None = None,
-        aug_loss: bool = False,
-        window: WindowSpec = WindowSpec(),  # noqa: B008 (frozen)
-        rounding: Literal["nearest", "learned", "gptq"] = "nearest",
-        rounding_lr: float = 1.0e-2,
-        output_loss: Literal["mse", "kl"] = "mse",
-        schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 (frozen)
-        weight_decay: float = 0.0,
-        compile: bool = False,  # noqa: A002 (the name of the key)
+        rounding: RoundingSpec = RoundingSpec(),  # noqa: B008 (frozen)
+        objective: ObjectiveSpec = ObjectiveSpec(),  # noqa: B008 (frozen)
+        learning: LearningSpec = LearningSpec(),  # noqa: B008 (frozen)
         activation_dtype: Literal["float32", "bfloat16"] | None = None,
         activation_budget: BudgetSpec = BudgetSpec(),  # noqa: B008 (frozen)
         parameters: str | None = None,
@@ -92,33 +81,28 @@ class OmniQuantModel(LightningModule):
         given = dict(locals())
         super().__init__()
         self.settings = {name: value for name, value in given.items() if name not in _NOT_FINGERPRINTED}
-        if not compile:  # runs that do not know the option go on
-            del self.settings["compile"]
         self.path = path
         self.scheme = Scheme(weights, activations)
         self.clipping = clipping
         self.transform = transform
         self.rotation = rotation
-        self.aug_loss = aug_loss
-        self.window = window
         self.rounding = rounding
-        self.output_loss = output_loss
-        if not 0 < rounding_lr <= 1:
-            raise ConfigurationError("model.rounding_lr", f"{rounding_lr} is not a number above 0 and at most 1")
-        if not 0 <= weight_decay <= 1:
-            raise ConfigurationError("model.weight_decay", f"{weight_decay} is not a number from 0 to 1")
-        self.learning = LearningSpec(
-            clipping=0.0 if clipping is None else clipping.lr,
-            transform=0.0 if transform is None else transform.lr,
-            rounding=rounding_lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            compile=compile,
-        )
+        self.objective = objective
+        self.learning = learning
         self._activation_dtype = activation_dtype
         self.activation_budget = activation_budget
         self._start_from = parameters
         self.trust_remote_code = trust_remote_code
+
+    @property
+    def rates(self) -> FactorRates:
+        """Learning rates of the factors; 0 of a kind that is turned off."""
+        return FactorRates(
+            clipping=0.0 if self.clipping is None else self.clipping.lr,
+            transform=0.0 if self.transform is None else self.transform.lr,
+            rounding=self.rounding.lr,
+            learning=self.learning,
+        )
 
     @cached_property
     @unmasked
@@ -207,7 +191,7 @@ class OmniQuantModel(LightningModule):
             samples: Sampled inputs of its linears in full precision, where the starting point needs them.
             device: Where the block will be, and ranges and samples are.
         """
-        rounds = self.rounding == "learned"
+        rounds = self.rounding.method == "learned"
         block = self._block(index, tensors, call, self._factors(index, tensors, learned=True, rounds=rounds))
         block = block.to(device)
         self.start.set(index, block.factors, block.tensors, inputs, samples or {})

@@ -14,8 +14,11 @@ __all__ = [
     "ActivationSpec",
     "BudgetSpec",
     "ClippingSpec",
+    "FactorRates",
     "LearningSpec",
+    "ObjectiveSpec",
     "RotationSpec",
+    "RoundingSpec",
     "ScheduleSpec",
     "Scheme",
     "TransformSpec",
@@ -190,7 +193,9 @@ class ScheduleSpec:
     """How the rates fall to zero over the steps after that."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.warmup < 1, "model.schedule.warmup", f"{self.warmup} is not a share from 0 to below 1")
+        _require(
+            0 <= self.warmup < 1, "model.learning.schedule.warmup", f"{self.warmup} is not a share from 0 to below 1"
+        )
 
     @property
     def is_constant(self) -> bool:
@@ -222,11 +227,11 @@ class WindowSpec:
     """Blocks by which windows advance; those that are left behind are folded."""
 
     def __post_init__(self) -> None:
-        _require(self.blocks >= 1, "model.window.blocks", f"{self.blocks} is not a positive number of blocks")
+        _require(self.blocks >= 1, "model.objective.window.blocks", f"{self.blocks} is not a positive number of blocks")
         _require(
             1 <= self.stride <= self.blocks,
-            "model.window.stride",
-            f"{self.stride} is not from 1 to model.window.blocks, which is {self.blocks}",
+            "model.objective.window.stride",
+            f"{self.stride} is not from 1 to model.objective.window.blocks, which is {self.blocks}",
         )
 
 
@@ -251,21 +256,72 @@ class BudgetSpec:
 
 
 @dataclass(frozen=True)
+class RoundingSpec:
+    """Which codes weights get.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    method: Literal["nearest", "learned", "gptq"] = "nearest"
+    """nearest; learned: with an offset per weight, learned along with the other factors; gptq: chosen when a block is
+    folded, each making up for the errors of those before it."""
+    lr: float = 1.0e-2
+    """AdamW learning rate of the offsets, in codes."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr <= 1, "model.rounding.lr", f"{self.lr} is not a number above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """What a block, or a window of blocks, minimises.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    aug_loss: bool = False
+    """Add the error against the full-precision block's output for the quantized stream's input."""
+    output_loss: Literal["mse", "kl"] = "mse"
+    """Loss of the last block. mse: as every block; kl: divergence of the model's predictions."""
+    window: WindowSpec = WindowSpec()
+    """Consecutive blocks that learn together."""
+
+
+@dataclass(frozen=True)
 class LearningSpec:
-    """Learning rates of the kinds of factors, and how they change."""
+    """How factors learn, whatever their kind.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    schedule: ScheduleSpec = ScheduleSpec()
+    """How the learning rates change over the steps of a block."""
+    weight_decay: float = 0.0
+    """AdamW weight decay of all factors."""
+    compile: bool = False
+    """Compile the steps by torch.compile, once for all blocks that are alike: half a minute at first, and shorter steps
+    from then on. Their gradients differ by rounding."""
+
+    def __post_init__(self) -> None:
+        message = f"{self.weight_decay} is not a number from 0 to 1"
+        _require(0 <= self.weight_decay <= 1, "model.learning.weight_decay", message)
+
+
+@dataclass(frozen=True)
+class FactorRates:
+    """AdamW learning rates by kind of factor, and what all of them share."""
 
     clipping: float = 0.0
-    """AdamW rate of the clipping factors."""
+    """Rate of the clipping factors."""
     transform: float = 0.0
-    """AdamW rate of scales and shifts."""
+    """Rate of scales and shifts."""
     rounding: float = 0.0
-    """AdamW rate of the offsets of learned rounding."""
-    weight_decay: float = 0.0
-    """AdamW weight decay."""
-    schedule: ScheduleSpec = ScheduleSpec()
-    """Schedule of all rates."""
-    compile: bool = False
-    """Whether steps are compiled."""
+    """Rate of the offsets of learned rounding."""
+    learning: LearningSpec = LearningSpec()
+    """Schedule, weight decay, compilation."""
 
 
 @dataclass(frozen=True)

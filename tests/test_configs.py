@@ -72,14 +72,14 @@ def test_settings_are_the_published_ones(path: Path, build: Any) -> None:
     assert model.scheme.name == path.stem
     weight_bits, activation_bits = map(int, re.findall(r"[wa](\d+)", path.stem))
     assert trainer.epochs_per_block == (40 if weight_bits == 2 else 20)
-    assert model.aug_loss is (weight_bits == 2)
+    assert model.objective.aug_loss is (weight_bits == 2)
     assert model.clipping.lr == 1e-2
     assert (model.transform is None) is (activation_bits == 16)
     if model.transform is not None:
         assert (model.transform.lr, model.transform.alpha) == (5e-3, 0.5)
     assert (data.samples, data.batch_size, data.shuffle) == (128, 1, False)
-    assert (model.rounding, model.rotation, model.output_loss) == ("nearest", None, "mse")
-    assert (model.window.blocks, model.learning.schedule.is_constant) == (1, True)
+    assert (model.rounding.method, model.rotation, model.objective.output_loss) == ("nearest", None, "mse")
+    assert (model.objective.window.blocks, model.learning.schedule.is_constant) == (1, True)
 
 
 @pytest.mark.parametrize("path", BEST, ids=name_of)
@@ -94,8 +94,9 @@ def test_fast_presets_are_the_published_ones_in_a_quarter_of_the_steps(path: Pat
     fast, published = (yaml.safe_load(each.read_text()) for each in (path, FOLDER / path.name))
     assert 4 * fast["trainer"]["max_epochs"] == published["trainer"]["max_epochs"]
     assert fast["data"] == published["data"]
-    assert fast["model"].pop("compile") is True
-    if fast["model"].pop("schedule", None) is not None:
+    learning = fast["model"].pop("learning")
+    assert learning["compile"] is True
+    if "schedule" in learning:
         for section in ("clipping", "transform"):
             assert fast["model"][section]["lr"] == 4 * published["model"][section]["lr"]
             fast["model"][section]["lr"] = published["model"][section]["lr"]

@@ -21,7 +21,7 @@ from omniquant_pl.callbacks import CheckpointCallback, MetricsCallback
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
-from omniquant_pl.spec import BudgetSpec, WindowSpec
+from omniquant_pl.spec import BudgetSpec, ObjectiveSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 CASES = int(os.environ.get("OMNIQUANT_DAMAGE", "12"))
@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "disk": {"activation_budget": BudgetSpec(device=0, host=0)},
-    "windows": {"window": WindowSpec(blocks=2)},
+    "windows": {"objective": ObjectiveSpec(window=WindowSpec(blocks=2))},
 }
 
 

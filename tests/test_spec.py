@@ -39,9 +39,9 @@ from omniquant_pl.spec import (
         (ScheduleSpec, {"warmup": 1.0}, "model.schedule.warmup"),
         (ScheduleSpec, {"warmup": -0.1}, "model.schedule.warmup"),
         (ScheduleSpec, {"warmup": math.nan}, "model.schedule.warmup"),
-        (WindowSpec, {"blocks": 0}, "model.window.blocks"),
-        (WindowSpec, {"stride": 0}, "model.window.stride"),
-        (WindowSpec, {"stride": 3, "blocks": 2}, "model.window.stride"),
+        (WindowSpec, {"blocks": 0}, "model.objective.window.blocks"),
+        (WindowSpec, {"stride": 0}, "model.objective.window.stride"),
+        (WindowSpec, {"stride": 3, "blocks": 2}, "model.objective.window.stride"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_key(kind: type, values: dict[str, Any], key: str) -> None:

@@ -57,7 +57,10 @@ from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import (
     ActivationSpec,
     ClippingSpec,
+    LearningSpec,
+    ObjectiveSpec,
     RotationSpec,
+    RoundingSpec,
     ScheduleSpec,
     TransformSpec,
     WeightSpec,
@@ -303,15 +306,15 @@ CHOICES: dict[str, Sequence[Any]] = {  # what stands there more than once is dra
     "model.rotation.residual": (True, True, False),
     "model.rotation.values": (True, True, True, False),
     "model.rotation.seed": (0, 7),
-    "model.aug_loss": (False, True),
-    "model.window.blocks": (1, 1, 2, 3),
-    "model.window.stride": (1,),
-    "model.rounding": ("nearest", "learned", "gptq"),
-    "model.rounding_lr": (1e-3, 1e-2, 1.0),
-    "model.output_loss": ("mse", "kl"),
-    "model.schedule.warmup": (0.0, 0.0, 0.2, 0.9),
-    "model.schedule.decay": ("none", "linear", "cosine"),
-    "model.weight_decay": (0.0, 0.0, 0.1, 1.0),
+    "model.objective.aug_loss": (False, True),
+    "model.objective.window.blocks": (1, 1, 2, 3),
+    "model.objective.window.stride": (1,),
+    "model.rounding.method": ("nearest", "learned", "gptq"),
+    "model.rounding.lr": (1e-3, 1e-2, 1.0),
+    "model.objective.output_loss": ("mse", "kl"),
+    "model.learning.schedule.warmup": (0.0, 0.0, 0.2, 0.9),
+    "model.learning.schedule.decay": ("none", "linear", "cosine"),
+    "model.learning.weight_decay": (0.0, 0.0, 0.1, 1.0),
     "data.samples": (4, 5, 6),
     "data.batch_size": (1, 2, 4, 16),
     "data.shuffle": (False, True),
@@ -327,9 +330,11 @@ SECTIONS = {
     "clipping": ClippingSpec,
     "transform": TransformSpec,
     "rotation": RotationSpec,
-    "window": WindowSpec,
-    "schedule": ScheduleSpec,
+    "rounding": RoundingSpec,
+    "objective": ObjectiveSpec,
+    "learning": LearningSpec,
 }
+NESTED = {"objective.window": WindowSpec, "learning.schedule": ScheduleSpec}
 WRONG: dict[str, Sequence[Any]] = {
     "model.weights.bits": (1, 9, 16, -4),
     "model.weights.group_size": (0, -1, -128),
@@ -341,11 +346,11 @@ WRONG: dict[str, Sequence[Any]] = {
     "model.transform.alpha": (-0.1, 1.1, math.nan),
     "model.transform.shifts": ("act_shifts.pt",),
     "model.rotation.seed": (-1, 2**64),
-    "model.window.blocks": (0, -1),
-    "model.window.stride": (0, 4),
-    "model.rounding_lr": (0.0, 1.5, math.nan),
-    "model.schedule.warmup": (-0.1, 1.0, 1.5, math.nan),
-    "model.weight_decay": (-0.1, math.nan, math.inf),
+    "model.objective.window.blocks": (0, -1),
+    "model.objective.window.stride": (0, 4),
+    "model.rounding.lr": (0.0, 1.5, math.nan),
+    "model.learning.schedule.warmup": (-0.1, 1.0, 1.5, math.nan),
+    "model.learning.weight_decay": (-0.1, math.nan, math.inf),
     "data.samples": (0, 100),
     "data.batch_size": (0,),
     "data.sequence_length": (0, 1, 33),
@@ -376,7 +381,7 @@ def draw_settings(draws: random.Random, kinds: Sequence[str]) -> Settings:
         section = key.rpartition(".")[0]
         if drawn.get(section) != OFF:
             drawn[key] = draws.choice(values)
-    drawn["model.window.stride"] = draws.randint(1, drawn["model.window.blocks"])
+    drawn["model.objective.window.stride"] = draws.randint(1, drawn["model.objective.window.blocks"])
     if draws.random() < 0.3:
         for kind in draws.sample(kinds, draws.randint(1, 2)):
             drawn[f"model.weights.bits_of.{kind}"] = draws.randint(2, 8)
@@ -402,6 +407,11 @@ def make_model(path: Path, drawn: Settings) -> OmniQuantModel:
         bits_of = {key.removeprefix("bits_of."): values.pop(key) for key in list(values) if key.startswith("bits_of.")}
         if bits_of:
             values["bits_of"] = bits_of
+        for place, nested in NESTED.items():
+            owner, _, field = place.partition(".")
+            if owner == name:
+                inner = [key for key in values if key.startswith(f"{field}.")]
+                values[field] = nested(**{key.removeprefix(f"{field}."): values.pop(key) for key in inner})
         options[name] = None if drawn.get(f"model.{name}") == OFF else spec(**values)
     return OmniQuantModel(str(path), **options)
 
@@ -504,7 +514,7 @@ class Run:
         for result in self.keep.results:
             assert 0 <= result.relative_error < 1e6
             assert 0 <= result.relative_error_rtn < 1e6
-            assert result.epochs <= self.drawn["trainer.max_epochs"] * self.drawn["model.window.blocks"]
+            assert result.epochs <= self.drawn["trainer.max_epochs"] * self.drawn["model.objective.window.blocks"]
 
     def check_files(self) -> None:
         files = sorted(self.trainer.run_folder.blocks.iterdir())

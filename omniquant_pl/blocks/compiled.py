@@ -62,9 +62,9 @@ def check_compiler(device: torch.device) -> None:
         if shutil.which(asked or _CPU_COMPILER) is None:
             wanted = f"CXX={asked} is not found" if asked else f"{_CPU_COMPILER} is not found"
             raise ConfigurationError(
-                "model.compile", f"it needs a C++ compiler, and {wanted}; install one, or say false"
+                "model.learning.compile", f"it needs a C++ compiler, and {wanted}; install one, or say false"
             )
     elif importlib.util.find_spec("triton") is None:
         raise ConfigurationError(
-            "model.compile", f"it needs the package triton on {device.type}; install it, or say false"
+            "model.learning.compile", f"it needs the package triton on {device.type}; install it, or say false"
         )

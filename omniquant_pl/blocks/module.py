@@ -21,7 +21,7 @@ from omniquant_pl.blocks.objective import mean_divergence
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
 from omniquant_pl.distributed import Group, add_gradients
 from omniquant_pl.errors import CalibrationError, unmasked
-from omniquant_pl.spec import LearningSpec
+from omniquant_pl.spec import FactorRates
 from omniquant_pl.utils.memory import make_room
 from omniquant_pl.utils.micro_batches import exact_dtype, gradients_by_micro_batch, split_batch, with_gradients
 
@@ -41,7 +41,7 @@ class BlockModule(LightningModule):
 
     Args:
         blocks: The blocks in order.
-        learning: Learning rates and their schedule.
+        rates: Learning rates, and how they change.
         head: What makes logits of the last block's output. With it the loss is not the squared error but the
             Kullback-Leibler divergence of the predicted tokens, ``KL(p_fp || p_q)``, mean over tokens.
         steps: Optimizer steps that the schedule is spread over.
@@ -58,7 +58,7 @@ class BlockModule(LightningModule):
     def __init__(
         self,
         blocks: Sequence[QuantizedBlock],
-        learning: LearningSpec,
+        rates: FactorRates,
         head: Callable[[Tensor], Tensor] | None = None,
         *,
         steps: int = 0,
@@ -70,13 +70,13 @@ class BlockModule(LightningModule):
         super().__init__()
         self._head = head
         self.blocks = nn.ModuleList(blocks)
-        self.learning = learning
+        self.rates = rates
         self.micro_batch_size = micro_batch_size
         self._steps = steps
         self._sums_exactly = sums_exactly
         self._group = group or Group()
         self._samples_of = samples_of
-        self._is_compiled = learning.compile
+        self._is_compiled = rates.learning.compile
         self._checked: set[int] = set()
         self._batch: Sequence[Tensor] = ()
         self.epoch_losses: list[float] = []
@@ -187,7 +187,7 @@ class BlockModule(LightningModule):
         if tried == 1:
             raise CalibrationError(
                 f"block {self.index}: one sample does not fit into memory; lower data.sequence_length or "
-                f"model.window.blocks ({message.splitlines()[0]})"
+                f"model.objective.window.blocks ({message.splitlines()[0]})"
             )
         self.micro_batch_size = math.ceil(tried / 2)
         make_room()
@@ -259,7 +259,7 @@ class BlockModule(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         """AdamW with a group for each kind of factors, and the schedule, if any."""
-        rates, factors = self.learning, [block.factors for block in self._blocks]
+        rates, factors = self.rates, [block.factors for block in self._blocks]
         quantizers = [quantizer for each in factors for _, quantizer in each.named_quantizers()]
         clipping = [end for each in quantizers for end in (each.upper, each.lower) if end is not None]
         rounding = [each.offset for each in quantizers if each.offset is not None]
@@ -272,8 +272,8 @@ class BlockModule(LightningModule):
         # Lightning cannot clip gradients under mixed precision for an optimizer that is fused.
         clips = self._trainer is not None and self._trainer.gradient_clip_val is not None
         used = [group for group in groups if group["params"]]
-        optimizer = AdamW(used, weight_decay=rates.weight_decay, fused=not clips)
-        if rates.schedule.is_constant:
+        optimizer = AdamW(used, weight_decay=rates.learning.weight_decay, fused=not clips)
+        if rates.learning.schedule.is_constant:
             return optimizer
-        scheduler = LambdaLR(optimizer, lambda step: rates.schedule.factor(step, self._steps))
+        scheduler = LambdaLR(optimizer, lambda step: rates.learning.schedule.factor(step, self._steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -15,7 +15,7 @@ from omniquant_pl.calibration.hooks import HookCaller
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.distributed import Group
 from omniquant_pl.hidden_states import HiddenStateBatches, HiddenStates, Storage, map_hidden_states
-from omniquant_pl.spec import LearningSpec
+from omniquant_pl.spec import FactorRates
 
 __all__ = ["Engine", "hidden_state_count"]
 
@@ -75,7 +75,7 @@ class Engine:
     def learn(
         self,
         blocks: Sequence[QuantizedBlock],
-        rates: LearningSpec,
+        rates: FactorRates,
         head: Callable[[Tensor], Tensor] | None,
         batches: HiddenStateBatches,
     ) -> int:
@@ -83,7 +83,7 @@ class Engine:
 
         Args:
             blocks: Consecutive blocks, in order.
-            rates: Learning rates and their schedule.
+            rates: Learning rates, and how they change.
             head: As of :class:`BlockModule`.
             batches: Inputs of the first block, and one or two targets of the last one.
 

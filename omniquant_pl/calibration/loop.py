@@ -80,7 +80,7 @@ class Calibration:
 
     def run(self) -> None:
         """Calibrates the blocks: windows of them learn together, and each advance folds those left behind."""
-        window, last = self._model.window, self._blocks.stop
+        window, last = self._model.objective.window, self._blocks.stop
         pending: deque[_Pending] = deque()
         targets = self._streams.full_precision
         entered = self._blocks.start
@@ -108,7 +108,7 @@ class Calibration:
     def _pass_finished(self, index: int) -> int:
         """Moves both streams behind the blocks that are finished already, and returns the first that is not."""
         finished, group = self._finished, self._engine.group
-        end = group.least(finished.first_unfinished(index, self._blocks, self._model.window))
+        end = group.least(finished.first_unfinished(index, self._blocks, self._model.objective.window))
         needed = min((number for number in range(index, end) if finished.result(number) is None), default=end)
         needed = group.least(needed)
         if index < needed < self._blocks.stop:
@@ -191,14 +191,14 @@ class Calibration:
         hidden = self._streams.quantized
         self._measure_initial_losses(window)
         targets = [window[-1].target]
-        if self._model.aug_loss:
+        if self._model.objective.aug_loss:
             targets.append(self._augmented_target(window))
         blocks = [entry.block for entry in window]
-        needs_head = blocks[-1].index == len(self._source) - 1 and self._model.output_loss == "kl"
+        needs_head = blocks[-1].index == len(self._source) - 1 and self._model.objective.output_loss == "kl"
         batches = HiddenStateBatches((hidden, *targets), self._batch_size, self._order, self._share)
         engine = self._engine
         with self._source.on(engine.device) if needs_head else nullcontext():
-            epochs = engine.learn(blocks, self._model.learning, self._source.logits if needs_head else None, batches)
+            epochs = engine.learn(blocks, self._model.rates, self._source.logits if needs_head else None, batches)
         for block in blocks:
             block.epochs += epochs
         window[0].seconds += time.perf_counter() - started
@@ -229,7 +229,7 @@ class Calibration:
         started = time.perf_counter()
         engine, block, hidden = self._engine, entry.block, self._streams.quantized
         engine.group.broadcast(block.factors.state_dict().values())
-        if self._model.rounding == "gptq":
+        if self._model.rounding.method == "gptq":
             observed = sorted(set(block.factors.shared_inputs.values()))
             columns = {name: entry.tensors[f"{name}.weight"].shape[1] for name in observed}
             add = partial(add_moments, columns=columns, device=engine.device, group=engine.group)

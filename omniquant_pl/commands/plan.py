@@ -85,8 +85,8 @@ def _job(trainer: BlockTrainer, model: OmniQuantModel, data: CalibrationData, jo
         batch_size=data.batch_size,
         gradient_bytes=4 if data.micro_batch_size is None else 8,
         epochs=trainer.epochs_per_block,
-        window=model.window.blocks,
-        augmented=model.aug_loss,
+        window=model.objective.window.blocks,
+        augmented=model.objective.aug_loss,
     )
 
 

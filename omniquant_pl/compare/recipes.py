@@ -73,7 +73,7 @@ def _awq(case: Case) -> Settings | str:
 def _gptq(case: Case) -> Settings:
     """Codes that make up for each other's errors (arXiv 2210.17323), on the full range."""
     del case
-    return _NO_EPOCHS | {"model.rounding": "gptq"}
+    return _NO_EPOCHS | {"model.rounding": {"method": "gptq"}}
 
 
 def _paper(case: Case) -> Settings:
@@ -83,7 +83,7 @@ def _paper(case: Case) -> Settings:
     return {
         "model.clipping": {"lr": 1e-2},
         "model.transform": {"lr": 5e-3, "alpha": 0.5} if transforms else None,
-        "model.aug_loss": is_two_bit,
+        "model.objective": {"aug_loss": is_two_bit},
         "trainer.max_epochs": 40 if is_two_bit else 20,
     }
 

@@ -74,13 +74,17 @@ def model_card(
 
 def _method(model: OmniQuantModel, config: Mapping[str, Any]) -> str:
     """Says what has learned, what was only set, and what else was done."""
-    settings = {"clipping": model.clipping, "transform": model.transform, "rounding": model.rounding == "learned"}
+    settings = {
+        "clipping": model.clipping,
+        "transform": model.transform,
+        "rounding": model.rounding.method == "learned",
+    }
     factors = " and ".join(", ".join(name for name, used in settings.items() if used).rsplit(", ", 1))
     learns = (config.get("trainer") or {}).get("max_epochs") != 0
     parts = [(f"learned {factors}" if learns else f"{factors} as they start") if factors else "nothing learned"]
-    if learns and factors and model.window.blocks > 1:
-        parts.append(f"windows of {model.window.blocks} blocks")
-    if model.rounding == "gptq":
+    if learns and factors and model.objective.window.blocks > 1:
+        parts.append(f"windows of {model.objective.window.blocks} blocks")
+    if model.rounding.method == "gptq":
         parts.append("GPTQ rounding")
     if model.rotation is not None:
         parts.append("Hadamard rotations folded in")

@@ -35,8 +35,9 @@ class FactorsExport(Export):
 
     @override
     def refusal(self, model: OmniQuantModel) -> str | None:
-        if model.rounding != "nearest":
-            return f"with model.rounding {model.rounding} its codes are not those that follow from the factors"
+        if model.rounding.method != "nearest":
+            method = model.rounding.method
+            return f"with model.rounding.method {method} its codes are not those that follow from the factors"
         return None
 
     @override

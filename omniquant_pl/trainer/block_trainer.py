@@ -119,7 +119,7 @@ class BlockTrainer(RunTrainer):
             shares: Processes that share the samples of a block; ``None`` for those of the group.
         """
         room, group = self.room(model, self.run_folder.streams), self.group
-        count = hidden_state_count(model.window.blocks, segments, in_turn)
+        count = hidden_state_count(model.objective.window.blocks, segments, in_turn)
         samples = math.ceil(len(tokens) / (shares or group.size))
         numbers = samples * tokens.shape[1] * model.source.config.hidden_size
         return Engine(

@@ -157,12 +157,12 @@ def check_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, sampl
     if samples % size:
         message = f"{samples} samples cannot be shared out evenly among {size} processes; take a multiple of {size}"
         raise ConfigurationError("data.samples", message)
-    if strategy.stitch_epochs and model.rounding == "learned":
+    if strategy.stitch_epochs and model.rounding.method == "learned":
         message = "rounding that has been learned is folded and cannot learn on; set it to nearest or gptq"
-        raise ConfigurationError("model.rounding", f"{message}, or trainer.strategy.stitch_epochs to 0")
-    if strategy.stitch_epochs and model.window.blocks > 1:
-        message = f"{model.window.blocks} blocks at once cannot be stitched; set it to 1"
-        raise ConfigurationError("model.window.blocks", f"{message}, or trainer.strategy.stitch_epochs to 0")
+        raise ConfigurationError("model.rounding.method", f"{message}, or trainer.strategy.stitch_epochs to 0")
+    if strategy.stitch_epochs and model.objective.window.blocks > 1:
+        message = f"{model.objective.window.blocks} blocks at once cannot be stitched; set it to 1"
+        raise ConfigurationError("model.objective.window.blocks", f"{message}, or trainer.strategy.stitch_epochs to 0")
 
 
 def warn_of_slow_products(precision: str | int, device: torch.device) -> None:
@@ -182,10 +182,12 @@ def check_compile(model: OmniQuantModel, data: CalibrationData, device: torch.de
     check_compiler(device)
     if any(layout.experts is not None for layout in model.source.layouts):
         message = "experts get another number of tokens at every step, each of which would be compiled; say false"
-        raise ConfigurationError("model.compile", message)
+        raise ConfigurationError("model.learning.compile", message)
     if group.size > 1 and data.shuffle and data.batch_size > 1 and data.micro_batch_size != 1:
         message = "shares of shuffled steps differ in size, each of which would be compiled; say false"
-        raise ConfigurationError("model.compile", f"{message}, or data.shuffle false, or data.micro_batch_size 1")
+        raise ConfigurationError(
+            "model.learning.compile", f"{message}, or data.shuffle false, or data.micro_batch_size 1"
+        )
 
 
 def _check_precision(precision: str | int | None) -> None:

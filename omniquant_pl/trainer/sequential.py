@@ -27,7 +27,7 @@ from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.hidden_states import HiddenStatePair
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.fingerprint import fingerprint
-from omniquant_pl.run.settings import FINGERPRINTED_TRAINER_KEYS
+from omniquant_pl.run.settings import TRAINER_DEFAULTS, defaults_of, without_defaults
 from omniquant_pl.trainer.block_parallel import SegmentedCalibration, segment_settings
 from omniquant_pl.trainer.block_trainer import BlockTrainer
 from omniquant_pl.trainer.checks import (
@@ -42,9 +42,6 @@ from omniquant_pl.trainer.run_trainer import seed
 from omniquant_pl.utils.signals import is_requeued
 
 __all__ = ["SequentialTrainer"]
-
-_COUNTED = ("max_epochs", "min_epochs")
-"""What Lightning counts over all blocks."""
 
 
 class SequentialTrainer(BlockTrainer):
@@ -155,11 +152,14 @@ class SequentialTrainer(BlockTrainer):
         self.calibrate(model, datamodule, len(tokens), blocks, streams, engine, state, checkpoint)
 
     def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
-        """Everything that decides what is learned, but for the model files and the tokens."""
-        names = [name for name in FINGERPRINTED_TRAINER_KEYS if name not in _COUNTED]
-        counted = {"epochs_per_block": self.epochs_per_block, "min_epochs": self._least_epochs}
-        own = counted | {name: getattr(self, name) for name in names}
-        given = {"batch_size": data.batch_size, "shuffle": data.shuffle, "seed": seed()}
-        if data.micro_batch_size is not None:  # runs that do not know the option go on
-            given["micro_batch_size"] = data.micro_batch_size
-        return model.settings | own | given | self._segment_settings
+        """What decides what is learned, but for model files and tokens; no setting at its default."""
+        counted = {"max_epochs": self.epochs_per_block, "min_epochs": self._least_epochs}  # Lightning counts all blocks
+        trainer = {name: getattr(self, name) for name in TRAINER_DEFAULTS} | counted
+        batches = {name: getattr(data, name) for name in ("batch_size", "shuffle", "micro_batch_size")}
+        return {
+            "model": without_defaults(model.settings, defaults_of(OmniQuantModel)),
+            "data": without_defaults(batches, defaults_of(CalibrationData)),
+            "trainer": without_defaults(trainer, TRAINER_DEFAULTS),
+            "seed": seed(),
+            **self._segment_settings,
+        }

@@ -24,7 +24,16 @@ from omniquant_pl.blocks.quantized_block import QuantizedBlock
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange, observe_inputs
-from omniquant_pl.spec import ActivationSpec, ClippingSpec, ScheduleSpec, TransformSpec, WeightSpec
+from omniquant_pl.spec import (
+    ActivationSpec,
+    ClippingSpec,
+    LearningSpec,
+    ObjectiveSpec,
+    RoundingSpec,
+    ScheduleSpec,
+    TransformSpec,
+    WeightSpec,
+)
 from omniquant_pl.trainer import SequentialTrainer
 
 TOKENS = 16
@@ -47,7 +56,7 @@ def make(model: OmniQuantModel) -> tuple[QuantizedBlock, Tensor, Tensor]:
 
 
 def learner(model: OmniQuantModel, *blocks: QuantizedBlock) -> BlockModule:
-    return BlockModule(blocks, model.learning)
+    return BlockModule(blocks, model.rates)
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,7 +75,7 @@ def test_parameters_are_clipping_and_transform_factors_and_nothing_else(folder: 
 
 
 def test_no_gradient_is_left_when_learning_ends(folder: Path) -> None:
-    model = OmniQuantModel(str(folder), transform=TransformSpec(), rounding="learned")
+    model = OmniQuantModel(str(folder), transform=TransformSpec(), rounding=RoundingSpec("learned"))
     block, hidden, target = make(model)
     module = learner(model, block)
     module.on_fit_start()
@@ -87,7 +96,7 @@ def test_each_kind_of_factor_has_its_own_rate(folder: Path) -> None:
 
 
 def test_offsets_have_a_rate_of_their_own(folder: Path) -> None:
-    model = OmniQuantModel(str(folder), transform=TransformSpec(), rounding="learned", rounding_lr=0.07)
+    model = OmniQuantModel(str(folder), transform=TransformSpec(), rounding=RoundingSpec("learned", 0.07))
     block, hidden, target = make(model)
     module = learner(model, block)
     optimizer = module.configure_optimizers()
@@ -112,7 +121,12 @@ def test_offsets_have_a_rate_of_their_own(folder: Path) -> None:
 
 def test_weight_decay_reaches_every_factor(folder: Path) -> None:
     """A step without a gradient multiplies factors by ``1 - lr * decay`` (decoupled, arXiv 1711.05101)."""
-    model = OmniQuantModel(str(folder), transform=TransformSpec(lr=4e-3), rounding="learned", weight_decay=0.5)
+    model = OmniQuantModel(
+        str(folder),
+        transform=TransformSpec(lr=4e-3),
+        rounding=RoundingSpec("learned"),
+        learning=LearningSpec(weight_decay=0.5),
+    )
     block, _, _ = make(model)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -149,7 +163,9 @@ def test_rates_follow_the_schedule_over_the_steps_of_every_block(
 ) -> None:
     """Four epochs of six samples; fewer steps where gradients are accumulated or an epoch is cut short."""
     rates = Rates()
-    model = OmniQuantModel(str(folder), transform=TransformSpec(lr=4e-3), schedule=ScheduleSpec(0.25, "cosine"))
+    model = OmniQuantModel(
+        str(folder), transform=TransformSpec(lr=4e-3), learning=LearningSpec(ScheduleSpec(0.25, "cosine"))
+    )
     fit(model, [rates], max_epochs=4, **options)
     steps = 4 * (3 if options else 6)
     rising = steps // 4
@@ -180,14 +196,14 @@ def test_loss_is_the_mean_squared_error_with_the_augmented_target_added(folder: 
 
 def test_the_loss_of_predictions_is_their_divergence(folder: Path) -> None:
     """torch's own, of the logits that transformers' norm and head make: mean over all tokens of a batch."""
-    model = OmniQuantModel(str(folder), WeightSpec(3), output_loss="kl")
+    model = OmniQuantModel(str(folder), WeightSpec(3), objective=ObjectiveSpec(output_loss="kl"))
     block, hidden, target = make(model)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def predictions(states: Tensor) -> Categorical:
         return Categorical(logits=reference.lm_head(reference.model.norm(states)))
 
-    module = BlockModule([block], model.learning, model.source.logits)
+    module = BlockModule([block], model.rates, model.source.logits)
     with torch.no_grad():
         output, other = block(hidden), target.flip(1)
         one, two = (kl_divergence(predictions(t), predictions(output)) for t in (target, other))
@@ -331,7 +347,13 @@ class TestCompiledSteps:
             return run
 
         monkeypatch.setattr("omniquant_pl.blocks.module.compiled", broken)
-        model = OmniQuantModel(str(folder), WeightSpec(4), ActivationSpec(8), transform=TransformSpec(), compile=True)
+        model = OmniQuantModel(
+            str(folder),
+            WeightSpec(4),
+            ActivationSpec(8),
+            transform=TransformSpec(),
+            learning=LearningSpec(compile=True),
+        )
         block, hidden, target = make(model)
         module = learner(model, block)
         block.start_learning()
@@ -352,7 +374,7 @@ class TestCompiledSteps:
 
     def test_are_compiled_once_for_blocks_that_are_alike(self, folder: Path) -> None:
         torch.compiler.reset()
-        model = OmniQuantModel(str(folder), WeightSpec(4), compile=True)
+        model = OmniQuantModel(str(folder), WeightSpec(4), learning=LearningSpec(compile=True))
         counters = torch._dynamo.utils.counters["stats"]
         counters.clear()
         for _ in range(2):
@@ -363,5 +385,7 @@ class TestCompiledSteps:
     def test_need_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         check_compiler(torch.device("cpu"))
         monkeypatch.setenv("CXX", "nothing-that-exists")
-        with pytest.raises(ConfigurationError, match=r"^model\.compile: .*CXX=nothing-that-exists is not found"):
+        with pytest.raises(
+            ConfigurationError, match=r"^model\.learning\.compile: .*CXX=nothing-that-exists is not found"
+        ):
             check_compiler(torch.device("cpu"))

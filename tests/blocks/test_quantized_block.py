@@ -22,7 +22,15 @@ from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import ChannelRange
 from omniquant_pl.quant.gptq import gptq_codes
 from omniquant_pl.run.folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, ClippingSpec, TransformSpec, WeightSpec, WindowSpec
+from omniquant_pl.spec import (
+    ActivationSpec,
+    ClippingSpec,
+    ObjectiveSpec,
+    RoundingSpec,
+    TransformSpec,
+    WeightSpec,
+    WindowSpec,
+)
 from omniquant_pl.trainer import SequentialTrainer
 
 LINEARS = (
@@ -69,8 +77,10 @@ def shallow(make_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def run(fit: Callable[..., SequentialTrainer], tmp_path: Path) -> Callable[..., Finished]:
-    def run(folder: Path, rounding: str, weights: WeightSpec, epochs: int = 2, **settings: Any) -> Finished:
-        model = OmniQuantModel(str(folder), weights, rounding=rounding, **settings)  # type: ignore[arg-type]
+    def run(
+        folder: Path, rounding: Any, weights: WeightSpec, epochs: int = 2, lr: float = 1e-2, **settings: Any
+    ) -> Finished:
+        model = OmniQuantModel(str(folder), weights, rounding=RoundingSpec(rounding, lr), **settings)
         keep = KeepBlocks()
         root = tmp_path / rounding
         trainer = fit(model, [keep], {"batch_size": 3}, max_epochs=epochs, default_root_dir=root)
@@ -82,7 +92,7 @@ def run(fit: Callable[..., SequentialTrainer], tmp_path: Path) -> Callable[..., 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "full-range": {"clipping": None},
-    "transform": {"transform": TransformSpec(mlp=True), "window": WindowSpec(2, 1)},
+    "transform": {"transform": TransformSpec(mlp=True), "objective": ObjectiveSpec(window=WindowSpec(2, 1))},
 }
 
 
@@ -106,7 +116,7 @@ def test_file_and_exported_folder_hold_the_codes_that_were_chosen(
     weights: WeightSpec,
     settings: str,
 ) -> None:
-    finished = run(correlated, rounding, weights, rounding_lr=0.05, **SETTINGS[settings])
+    finished = run(correlated, rounding, weights, lr=0.05, **SETTINGS[settings])
     for index, block in enumerate(finished.keep.blocks):
         assert_stored(finished, index, block)
         steps = steps_from_nearest(finished, index, block)
@@ -160,7 +170,7 @@ def test_learned_rounding_without_epochs_is_round_to_nearest(run: Callable[..., 
 
 def test_learned_rounding_lowers_the_error_further(run: Callable[..., Finished], shallow: Path) -> None:
     learned, nearest = (
-        run(shallow, rounding, WeightSpec(2, 16), epochs=6, rounding_lr=0.03) for rounding in ("learned", "nearest")
+        run(shallow, rounding, WeightSpec(2, 16), epochs=6, lr=0.03) for rounding in ("learned", "nearest")
     )
     assert learned.keep.results[0].relative_error < 0.7 * nearest.keep.results[0].relative_error
 
@@ -205,7 +215,12 @@ def test_compensation_knows_what_every_linear_multiplies_with(
 ) -> None:
     """Transformed weights, and the inputs in the quantized block: in front of each linear, and quantized as there."""
     model = OmniQuantModel(
-        str(shallow), WeightSpec(3, 16), activations, ClippingSpec(initial=1.5), TransformSpec(), rounding="gptq"
+        str(shallow),
+        WeightSpec(3, 16),
+        activations,
+        ClippingSpec(initial=1.5),
+        TransformSpec(),
+        rounding=RoundingSpec("gptq"),
     )
     source = model.source
     tensors, call = source.block_tensors(0), source.calls(16)[0]
@@ -243,7 +258,9 @@ def test_compensation_knows_what_every_linear_multiplies_with(
 def shifting_block(make_llama: Callable[..., Path], rounding: str = "nearest") -> tuple[QuantizedBlock, Tensor]:
     """A block whose pairs have moved somewhere, and hidden states to run it on."""
     folder = make_llama(attention_bias=True, initializer_range=0.3)
-    model = OmniQuantModel(str(folder), WeightSpec(3), ActivationSpec(6), transform=TransformSpec(), rounding=rounding)  # type: ignore[arg-type]
+    model = OmniQuantModel(
+        str(folder), WeightSpec(3), ActivationSpec(6), transform=TransformSpec(), rounding=RoundingSpec(rounding)
+    )  # type: ignore[arg-type]
     source, generator = model.source, torch.Generator().manual_seed(7)
     hidden = source.embed(torch.randint(0, 64, (4, 16), generator=generator))
     block = model.block(0, source.block_tensors(0), source.calls(16)[0], {})
@@ -306,7 +323,7 @@ def test_a_pass_over_all_samples_fake_quantizes_once(
     fit: Callable[..., SequentialTrainer], shallow: Path, computed: list[bool], rounding: str, passes: int
 ) -> None:
     """That of the initial loss, and that of the moments, one sample at a time."""
-    model = OmniQuantModel(str(shallow), WeightSpec(3, 16), rounding=rounding)  # type: ignore[arg-type]
+    model = OmniQuantModel(str(shallow), WeightSpec(3, 16), rounding=RoundingSpec(rounding))  # type: ignore[arg-type]
     fit(model, [], {"batch_size": 2, "micro_batch_size": 1}, max_epochs=0)
     assert computed == [False] * passes
 

@@ -27,7 +27,7 @@ from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
-from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec, WindowSpec
+from omniquant_pl.spec import ClippingSpec, ObjectiveSpec, RoundingSpec, TransformSpec, WeightSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 NEVER, SOMETIMES, EXPERTS, SAMPLES, VOCABULARY = 3, 2, 4, 4, 64
@@ -410,7 +410,10 @@ class TestWindows:
     ) -> None:
         record, folder = Windows(), make_llama(num_hidden_layers=layers)
         trainer = fit(
-            OmniQuantModel(str(folder), window=window), [record, MetricsCallback()], {"samples": 1}, max_epochs=2
+            OmniQuantModel(str(folder), objective=ObjectiveSpec(window=window)),
+            [record, MetricsCallback()],
+            {"samples": 1},
+            max_epochs=2,
         )
         assert [found.blocks for found in record.windows] == expected
         for event in ("start", "folded"):
@@ -444,7 +447,10 @@ class TestWindows:
         aug_loss: bool,
     ) -> None:
         record, folder = Windows(), make_llama(num_hidden_layers=4, num_key_value_heads=2)
-        fit(OmniQuantModel(str(folder), WeightSpec(2, GROUP), window=window, aug_loss=aug_loss), [record])
+        fit(
+            OmniQuantModel(str(folder), WeightSpec(2, GROUP), objective=ObjectiveSpec(aug_loss, window=window)),
+            [record],
+        )
         reference = Reference(folder, samples)
         full = reference.hidden({})
         for found in record.windows:
@@ -479,7 +485,7 @@ class TestWindows:
         """The error behind the last block of a window, or for the model's last block the divergence of predictions."""
         record, folder = Windows(), make_llama(num_hidden_layers=3, num_key_value_heads=2)
         model = OmniQuantModel(
-            str(folder), WeightSpec(BITS, GROUP), window=window, aug_loss=aug_loss, output_loss=output_loss
+            str(folder), WeightSpec(BITS, GROUP), objective=ObjectiveSpec(aug_loss, output_loss, window)
         )
         fit(model, [record], max_epochs=2)
         reference = Reference(folder, samples)
@@ -501,7 +507,10 @@ class TestWindows:
     ) -> None:
         """A block that enters a window is measured behind those in front of it, as far as they have learned."""
         record, folder = Windows(), make_llama(num_hidden_layers=4)
-        fit(OmniQuantModel(str(folder), WeightSpec(BITS, GROUP), window=WindowSpec(3, 1)), [record])
+        fit(
+            OmniQuantModel(str(folder), WeightSpec(BITS, GROUP), objective=ObjectiveSpec(window=WindowSpec(3, 1))),
+            [record],
+        )
         reference = Reference(folder, samples)
         full = reference.hidden({})
         for index, result in enumerate(record.results):
@@ -518,8 +527,8 @@ class TestWindows:
         self, make_llama: Callable[..., Path], fit: Callable[..., SequentialTrainer], tmp_path: Path, window: WindowSpec
     ) -> None:
         folder, learned = str(make_llama(num_hidden_layers=1)), []
-        for name, settings in {"plain": {}, "window": {"window": window}}.items():
-            model = OmniQuantModel(folder, transform=TransformSpec(), aug_loss=True, **settings)
+        for name, settings in {"plain": WindowSpec(), "window": window}.items():
+            model = OmniQuantModel(folder, transform=TransformSpec(), objective=ObjectiveSpec(True, window=settings))
             learned.append(fit(model, default_root_dir=tmp_path / name).run_folder.load_factors(0))
         torch.testing.assert_close(*learned, rtol=0, atol=0)
         assert bool((learned[0]["mlp.up_proj.clip.upper"] != 4).any())
@@ -528,7 +537,11 @@ class TestWindows:
         self, llama: Path, fit: Callable[..., SequentialTrainer], tmp_path: Path
     ) -> None:
         """The first block does not see the second; in a window it does."""
-        runs = {"plain": {}, "one": {"window": WindowSpec(1, 1)}, "two": {"window": WindowSpec(2, 1)}}
+        runs = {
+            "plain": {},
+            "one": {"objective": ObjectiveSpec(window=WindowSpec(1, 1))},
+            "two": {"objective": ObjectiveSpec(window=WindowSpec(2, 1))},
+        }
         plain, one, two = (
             fit(OmniQuantModel(str(llama), **settings), default_root_dir=tmp_path / name).run_folder
             for name, settings in runs.items()
@@ -540,7 +553,11 @@ class TestWindows:
         assert not torch.equal(plain.load_factors(0)[name], two.load_factors(0)[name])
 
 
-@pytest.mark.parametrize("settings", [{"rounding": "gptq"}, {"window": WindowSpec(2, 1)}], ids=["gptq", "window"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"rounding": RoundingSpec("gptq")}, {"objective": ObjectiveSpec(window=WindowSpec(2, 1))}],
+    ids=["gptq", "window"],
+)
 def test_blocks_come_back_to_the_device_after_a_fit(
     make_llama: Callable[..., Path],
     fit: Callable[..., SequentialTrainer],
@@ -577,5 +594,5 @@ def test_blocks_come_back_to_the_device_after_a_fit(
 
 
 def test_mixtures_are_not_compiled(calibrate: Callable[..., RunFolder]) -> None:
-    with pytest.raises(ConfigurationError, match=r"^model\.compile: experts get another number of tokens"):
+    with pytest.raises(ConfigurationError, match=r"^model\.learning\.compile: experts get another number of tokens"):
         calibrate("compiled", compile=True)

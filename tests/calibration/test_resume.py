@@ -23,6 +23,9 @@ from omniquant_pl.spec import (
     ActivationSpec,
     BudgetSpec,
     ClippingSpec,
+    LearningSpec,
+    ObjectiveSpec,
+    RoundingSpec,
     ScheduleSpec,
     TransformSpec,
     WeightSpec,
@@ -38,11 +41,14 @@ EPOCHS, BATCHES, BLOCKS = 3, 3, 3
 SETTINGS: dict[str, dict[str, Any]] = {
     "clipping": {"weights": WeightSpec(bits=3)},
     "w4a4": {"activations": ActivationSpec(bits=4), "transform": TransformSpec(mlp=True)},
-    "rounding": {"rounding": "learned", "schedule": ScheduleSpec(warmup=0.2, decay="linear")},
-    "gptq": {"rounding": "gptq", "aug_loss": True},
-    "windows": {"window": WindowSpec(blocks=2), "rounding": "learned"},
+    "rounding": {
+        "rounding": RoundingSpec("learned"),
+        "learning": LearningSpec(ScheduleSpec(warmup=0.2, decay="linear")),
+    },
+    "gptq": {"rounding": RoundingSpec("gptq"), "objective": ObjectiveSpec(aug_loss=True)},
+    "windows": {"objective": ObjectiveSpec(window=WindowSpec(blocks=2)), "rounding": RoundingSpec("learned")},
     "disk": {"activation_budget": BudgetSpec(device=0, host=0), "activation_dtype": "bfloat16"},
-    "wide windows": {"window": WindowSpec(blocks=3, stride=2), "weights": WeightSpec(bits=2)},
+    "wide windows": {"objective": ObjectiveSpec(window=WindowSpec(blocks=3, stride=2)), "weights": WeightSpec(bits=2)},
 }
 
 
@@ -274,7 +280,7 @@ def test_a_window_goes_on_however_often_it_is_cut_where_it_advances(
 ) -> None:
     """The first block of the second window is folded each time, the next one is not."""
     options: dict[str, Any] = {"model": make_llama(num_hidden_layers=6), "max_epochs": 1}
-    settings = {"window": WindowSpec(blocks=3, stride=2), "weights": WeightSpec(bits=2)}
+    settings = {"objective": ObjectiveSpec(window=WindowSpec(blocks=3, stride=2)), "weights": WeightSpec(bits=2)}
     whole = calibrate("whole", settings, [], **options)
     for _ in range(3):
         with pytest.raises(PowerCutError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.callbacks import KeepBestState, NumericsGuard
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.spec import ClippingSpec, TransformSpec, WeightSpec, WindowSpec
+from omniquant_pl.spec import ClippingSpec, ObjectiveSpec, RoundingSpec, TransformSpec, WeightSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 
@@ -65,8 +65,8 @@ def assert_equal(first: Any, second: Any) -> None:
     "settings",
     [
         {},
-        {"window": WindowSpec(2, 1), "aug_loss": True},
-        {"transform": TransformSpec(lr=1.0), "rounding": "learned", "rounding_lr": 1.0},
+        {"objective": ObjectiveSpec(aug_loss=True, window=WindowSpec(2, 1))},
+        {"transform": TransformSpec(lr=1.0), "rounding": RoundingSpec("learned", 1.0)},
     ],
     ids=["plain", "windows", "all-factors"],
 )
@@ -77,7 +77,7 @@ def test_every_fit_ends_with_the_least_loss_of_all_its_states(
     states, folder = States(), make_llama(num_hidden_layers=3)
     model = OmniQuantModel(str(folder), WeightSpec(3), clipping=ClippingSpec(lr=1.0), **settings)
     trainer = fit(model, [states, KeepBestState()], {"batch_size": 4, "shuffle": True}, max_epochs=5)
-    fits = 2 if "window" in settings else 3
+    fits = 2 if "objective" in settings else 3
     assert len(states.results) == len(states.losses) == fits
     for number in range(fits):
         assert len(states.losses[number]) == 6

@@ -20,7 +20,7 @@ from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.callbacks import NumericsGuard
 from omniquant_pl.errors import CalibrationError
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.spec import ClippingSpec, ScheduleSpec, TransformSpec
+from omniquant_pl.spec import ClippingSpec, LearningSpec, ScheduleSpec, TransformSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 StorageTier = tuple[int, int, int]  # block, epoch as run (repeated ones count), step
@@ -134,7 +134,7 @@ def test_an_epoch_taken_back_takes_its_part_of_the_schedule_back(
             self.found[-1].append(optimizer.param_groups[0]["lr"])
 
     rates, poison, schedule = Rates(), Poison({(0, bad_epoch, 2)}), ScheduleSpec(0.25, decay)
-    model = OmniQuantModel(str(llama), clipping=ClippingSpec(lr=1e-2), schedule=schedule)
+    model = OmniQuantModel(str(llama), clipping=ClippingSpec(lr=1e-2), learning=LearningSpec(schedule))
     fit(model, [rates, poison, NumericsGuard()], max_epochs=3)
     planned = [1e-2 * schedule.factor(step, 18) for step in range(18)]
     halves, begin = [rate / 2 for rate in planned], 6 * bad_epoch

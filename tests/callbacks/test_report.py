@@ -15,7 +15,7 @@ from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback
 from omniquant_pl.callbacks import MetricsCallback, ReportCallback
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.spec import WindowSpec
+from omniquant_pl.spec import ObjectiveSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 pytestmark = pytest.mark.report
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_reports_every_block(calibrate: Callable[..., Sequent
 
 
 def test_windows_keep_the_losses_of_the_block_they_begin_with(calibrate: Callable[..., SequentialTrainer]) -> None:
-    trainer = calibrate(ReportCallback(), model={"window": WindowSpec(2, 2)})
+    trainer = calibrate(ReportCallback(), model={"objective": ObjectiveSpec(window=WindowSpec(2, 2))})
     losses = [path.read_text() for path in sorted(trainer.run_folder.statistics.iterdir())]
     assert '"epoch_losses": []' not in losses[0]
     assert '"epoch_losses": []' in losses[1]

@@ -47,7 +47,7 @@ def test_completion_in_bash(
     (tmp_path / "omniquant").write_text(capsys.readouterr().out)
     ask = """source omniquant
 ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_omniquant; echo "${COMPREPLY[@]}"; }
-ask omniquant ""; ask omniquant fit --model.weights.b; ask omniquant fit --model.rounding "" """
+ask omniquant ""; ask omniquant fit --model.weights.b; ask omniquant fit --model.rounding.method "" """
     done = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
     commands, flags, values = (line.split() for line in done.stdout.splitlines())
     assert {"fit", "test", "export", "generate"} <= set(commands)

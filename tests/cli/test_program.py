@@ -148,7 +148,7 @@ class TestRefused:
                 "model.transform.initial: foo is not accepted; expected smoothquant, search",
             ),
             ("--model.transform.alpha=x", "model.transform.alpha: x is not accepted; expected a number"),
-            ("--model.window=null", "model.window: null is not accepted; expected its settings"),
+            ("--model.objective.window=null", "model.objective.window: null is not accepted; expected its settings"),
             ("--checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0"),
             ("--checkpoint.every_minutes=0", "checkpoint.every_minutes: 0"),
             ("--model.activation_budget.host=-1", "model.activation_budget.host: -1"),
@@ -343,4 +343,4 @@ def test_help_explains_the_keys_inside_a_section(capsys: pytest.CaptureFixture[s
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--model.weights.bits BITS Code width, 2 to 8." in shown
-    assert "--model.window.blocks BLOCKS Blocks of a window." in shown
+    assert "--model.objective.window.blocks BLOCKS Blocks of a window." in shown

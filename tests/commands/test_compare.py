@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from omniquant_pl.cli.program import run
-from omniquant_pl.compare import fits
+from omniquant_pl.compare import fit_method
 from omniquant_pl.compare.process import Finished
 
 
@@ -61,10 +61,10 @@ def test_a_method_is_a_fit_of_its_own(
         run(command[3:])
         return Finished(1.0, 1, None)
 
-    monkeypatch.setattr(fits, "run_logged", run_here)
+    monkeypatch.setattr(fit_method, "run_logged", run_here)
     measured_here = {"perplexity": {"evaluation": 1.0}}
     monkeypatch.setattr("omniquant_pl.compare.measured.measure_apart", lambda *_: measured_here)
-    rows = compare(llama, token_files, "[paper]", "--model.rounding=gptq", "--trainer.max_epochs=1")
+    rows = compare(llama, token_files, "[paper]", "--model.rounding.method=gptq", "--trainer.max_epochs=1")
     metrics = json.loads(Path("run/compare/paper/metrics.json").read_text())
     assert [block["epochs"] for block in metrics["blocks"]] == [20, 20]
     assert rows["paper"]["perplexity"] == {"evaluation": metrics["perplexity"]["evaluation"]["quantized"]}

@@ -34,7 +34,7 @@ def test_paper_is_the_preset(name: str) -> None:
     assert settings("paper", case(name)) == {
         "model.clipping": preset["model"]["clipping"],
         "model.transform": preset["model"]["transform"],
-        "model.aug_loss": preset["model"]["aug_loss"],
+        "model.objective": preset["model"]["objective"],
         "trainer.max_epochs": preset["trainer"]["max_epochs"],
     }
 
@@ -46,7 +46,7 @@ def test_paper_transforms_weights_alone_in_opt() -> None:
 def test_best_is_its_preset() -> None:
     preset = yaml.safe_load((CONFIGS / "best" / "w3a16.yaml").read_text())
     found = settings("best", case("w3a16"))
-    assert found["model.rounding"] == preset["model"]["rounding"] == "learned"
+    assert found["model.rounding"]["method"] == preset["model"]["rounding"]["method"] == "learned"
     assert found["data.batch_size"] == preset["data"]["batch_size"]
     assert found["trainer.max_epochs"] == preset["trainer"]["max_epochs"]
     assert "trainer.precision" in {f"trainer.{key}" for key in preset["trainer"]} - found.keys()

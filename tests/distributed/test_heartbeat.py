@@ -10,13 +10,13 @@ import pytest
 import torch.distributed as dist
 from processes import together
 
-from omniquant_pl.distributed import HeartbeatMonitor, watch
+from omniquant_pl.distributed import HeartbeatMonitor, heartbeat
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_INTERVAL", 0.05)
-    monkeypatch.setattr(watch, "_SILENCE", 1.0)
+    monkeypatch.setattr(heartbeat, "_INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "_SILENCE", 1.0)
 
 
 def heard(rank: int, victim: int, how: str) -> list[str]:

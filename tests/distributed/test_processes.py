@@ -29,17 +29,30 @@ from omniquant_pl.distributed import BlockParallelStrategy
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, ClippingSpec, ScheduleSpec, TransformSpec, WeightSpec
+from omniquant_pl.spec import (
+    ActivationSpec,
+    ClippingSpec,
+    LearningSpec,
+    ObjectiveSpec,
+    RoundingSpec,
+    ScheduleSpec,
+    TransformSpec,
+    WeightSpec,
+)
 from omniquant_pl.trainer import SequentialTrainer
 
 Fit = Callable[..., SequentialTrainer]
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "weights": {"weights": WeightSpec(bits=3)},
-    "w4a4": {"activations": ActivationSpec(bits=4), "transform": TransformSpec(), "aug_loss": True},
+    "w4a4": {
+        "activations": ActivationSpec(bits=4),
+        "transform": TransformSpec(),
+        "objective": ObjectiveSpec(aug_loss=True),
+    },
     "searched": {"transform": TransformSpec(initial="awq", mlp=True), "clipping": ClippingSpec(search=True)},
-    "learned": {"rounding": "learned", "schedule": ScheduleSpec(decay="linear")},
-    "gptq": {"rounding": "gptq", "weights": WeightSpec(bits=3, group_size=16)},
+    "learned": {"rounding": RoundingSpec("learned"), "learning": LearningSpec(ScheduleSpec(decay="linear"))},
+    "gptq": {"rounding": RoundingSpec("gptq"), "weights": WeightSpec(bits=3, group_size=16)},
 }
 
 
@@ -343,7 +356,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another strategy": ({"strategy": "fsdp"}, "trainer.strategy: "),
     "odd samples": ({"strategy": "block_parallel", "data": {"samples": 5}}, "data.samples: 5 samples"),
     "too many segments": ({"strategy": "block_parallel", "segments": 4}, "trainer.strategy.segments: 4 segments"),
-    "stitched rounding": ({"scheme": "learned", "stitch": 1}, "model.rounding: "),
+    "stitched rounding": ({"scheme": "learned", "stitch": 1}, "model.rounding.method: "),
 }
 
 

@@ -18,7 +18,7 @@ from omniquant_pl.export import Verification, open_format
 from omniquant_pl.initialization.factor_file import FactorFile, write_factor_file
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec
+from omniquant_pl.spec import ActivationSpec, RotationSpec, RoundingSpec, TransformSpec, WeightSpec
 from omniquant_pl.utils.sealed import read_sealed
 
 Finish = Callable[[OmniQuantModel], RunFolder]
@@ -70,8 +70,8 @@ def test_what_it_says(llama: Path, finish: Finish, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rounding", ["learned", "gptq"])
 def test_codes_that_do_not_follow_from_factors_are_refused(llama: Path, rounding: Any) -> None:
-    model = OmniQuantModel(str(llama), rounding=rounding)
-    with pytest.raises(ConfigurationError, match=f"factors cannot hold .* model.rounding {rounding}"):
+    model = OmniQuantModel(str(llama), rounding=RoundingSpec(rounding))
+    with pytest.raises(ConfigurationError, match=f"factors cannot hold .* model.rounding.method {rounding}"):
         open_format("factors", model)
 
 

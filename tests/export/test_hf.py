@@ -20,7 +20,15 @@ from omniquant_pl.export import HfExport
 from omniquant_pl.export.card import model_card
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
-from omniquant_pl.spec import ActivationSpec, RotationSpec, TransformSpec, WeightSpec, WindowSpec
+from omniquant_pl.spec import (
+    ActivationSpec,
+    ObjectiveSpec,
+    RotationSpec,
+    RoundingSpec,
+    TransformSpec,
+    WeightSpec,
+    WindowSpec,
+)
 from omniquant_pl.trainer import SequentialTrainer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -268,11 +276,19 @@ class TestCard:
     @pytest.mark.parametrize(
         ("epochs", "settings", "method"),
         [
-            (1, {"transform": TransformSpec(), "rounding": "learned"}, "learned clipping, transform and rounding"),
-            (1, {"window": WindowSpec(2)}, "learned clipping, windows of 2 blocks"),
+            (
+                1,
+                {"transform": TransformSpec(), "rounding": RoundingSpec("learned")},
+                "learned clipping, transform and rounding",
+            ),
+            (1, {"objective": ObjectiveSpec(window=WindowSpec(2))}, "learned clipping, windows of 2 blocks"),
             (1, {"rotation": RotationSpec()}, "learned clipping, Hadamard rotations folded in"),
-            (0, {"transform": TransformSpec(), "window": WindowSpec(2)}, "clipping and transform as they start"),
-            (0, {"clipping": None, "rounding": "gptq"}, "nothing learned, GPTQ rounding"),
+            (
+                0,
+                {"transform": TransformSpec(), "objective": ObjectiveSpec(window=WindowSpec(2))},
+                "clipping and transform as they start",
+            ),
+            (0, {"clipping": None, "rounding": RoundingSpec("gptq")}, "nothing learned, GPTQ rounding"),
         ],
     )
     def test_method(self, llama: Path, tmp_path: Path, epochs: int, settings: dict[str, Any], method: str) -> None:

@@ -159,11 +159,6 @@ class TestOtherSettings:
         used.check_same_settings(CONFIG)
         used.check_same_settings(self.changed(key, value))
 
-    def test_an_option_that_came_after_the_run_was_off(self, used: RunFolder) -> None:
-        used.check_same_settings(self.changed("model.compile", False))
-        with pytest.raises(ConfigurationError, match=r"another model\.compile"):
-            used.check_same_settings(self.changed("model.compile", True))
-
     def test_nothing_to_protect(self, used: RunFolder) -> None:
         used.factor_file(0).unlink()
         used.check_same_settings(self.changed("model.path", "b"))

@@ -24,7 +24,7 @@ from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.callbacks import ExportCallback, MetricsCallback
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.spec import TransformSpec, WeightSpec
+from omniquant_pl.spec import LearningSpec, ObjectiveSpec, TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.trainer.checks import warn_of_slow_products
 
@@ -250,7 +250,7 @@ def test_equals_a_plain_loop(
 ) -> None:
     """Both streams, both losses, the shorter last batch, the optimizer: all of it at once."""
     folder, recorder = make_llama(num_key_value_heads=2), Recorder()
-    model = OmniQuantModel(str(folder), WeightSpec(bits=3, group_size=16), aug_loss=aug_loss)
+    model = OmniQuantModel(str(folder), WeightSpec(bits=3, group_size=16), objective=ObjectiveSpec(aug_loss))
     trainer = fit(model, [recorder], {"batch_size": batch_size}, max_epochs=2)
     plain = PlainLoop(folder, bits=3, group_size=16)
     expected = plain.run(calibration_tokens, 2, batch_size, aug_loss)
@@ -423,7 +423,7 @@ def test_slow_products_are_said(
 def test_compiled_steps_learn_the_same(fit: Callable[..., SequentialTrainer], llama: Path, tmp_path: Path) -> None:
     for name, compiles in (("plain", False), ("compiled", True)):
         fit(
-            OmniQuantModel(str(llama), WeightSpec(3), compile=compiles),
+            OmniQuantModel(str(llama), WeightSpec(3), learning=LearningSpec(compile=compiles)),
             [],
             default_root_dir=tmp_path / name,
             max_epochs=2,

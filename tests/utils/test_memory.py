@@ -20,7 +20,7 @@ from omniquant_pl.callbacks import CheckpointCallback, ExportCallback, KeepBestS
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.hidden_states import HiddenStates, Storage
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.spec import ActivationSpec, TransformSpec, WindowSpec
+from omniquant_pl.spec import ActivationSpec, ObjectiveSpec, RoundingSpec, TransformSpec, WindowSpec
 from omniquant_pl.trainer import SequentialTrainer
 from omniquant_pl.utils.memory import make_room, return_free_memory
 
@@ -63,9 +63,9 @@ class Census(CalibrationCallback):
     ("settings", "most"),
     [
         ({"activations": ActivationSpec(bits=4), "transform": TransformSpec()}, 1),
-        ({"rounding": "learned", "aug_loss": True, "output_loss": "kl"}, 1),
-        ({"rounding": "gptq"}, 1),
-        ({"window": WindowSpec(blocks=2)}, 2),
+        ({"rounding": RoundingSpec("learned"), "objective": ObjectiveSpec(True, "kl")}, 1),
+        ({"rounding": RoundingSpec("gptq")}, 1),
+        ({"objective": ObjectiveSpec(window=WindowSpec(blocks=2))}, 2),
     ],
     ids=["w4a4", "learned", "gptq", "windows"],
 )
@@ -118,7 +118,7 @@ def test_streams_are_as_many_as_room_is_made_for_and_gone_before_the_evaluation(
 ) -> None:
     streams = HiddenStatePair(monkeypatch)
     census = Census(streams.count)
-    model = OmniQuantModel(str(make_llama(num_hidden_layers=4)), window=window, aug_loss=aug_loss)
+    model = OmniQuantModel(str(make_llama(num_hidden_layers=4)), objective=ObjectiveSpec(aug_loss, window=window))
     gc.disable()
     try:
         fit(model, [MetricsCallback(), census], {"batch_size": 3})
@@ -158,7 +158,11 @@ def test_embedding_and_head_are_on_the_device_while_they_are_needed(
         def on_train_start(self, *_: Any) -> None:
             learned.append(places[-1])
 
-    fit(OmniQuantModel(str(llama), output_loss=loss), [MetricsCallback(), HeartbeatMonitor()], {"batch_size": 3})
+    fit(
+        OmniQuantModel(str(llama), objective=ObjectiveSpec(output_loss=loss)),
+        [MetricsCallback(), HeartbeatMonitor()],
+        {"batch_size": 3},
+    )
     assert learned == ["cpu", "device" if loss == "kl" else "cpu"]
     assert places == ["cpu"]
 

@@ -60,9 +60,9 @@ def measured_times(
     rows = {name: found.rows for name, found in samples.items()}
     block = model.block(index, tensors, call, inputs, rows, device)
     size = engine.micro_batch_size
-    module = BlockModule(
-        [block], model.learning, steps=_REPEATS, micro_batch_size=size, sums_exactly=size is not None
-    ).to(device)
+    module = BlockModule([block], model.rates, steps=_REPEATS, micro_batch_size=size, sums_exactly=size is not None).to(
+        device
+    )
     configured = module.configure_optimizers() if list(module.parameters()) else None
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     step = 0.0
