@@ -9,7 +9,7 @@ from omniquant_pl.errors import ConfigurationError
 
 __all__ = ["find_config", "find_preset"]
 
-_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+_FOLDERS = tuple(folder / "configs" for folder in Path(__file__).parents[1:3])
 _SUFFIXES = (".yaml", ".yml")
 _LIKE = 0.65
 

@@ -315,7 +315,7 @@ class TestCompiledSteps:
             options: dict[str, Any] = {
                 "activations": ActivationSpec(8),
                 "transform": TransformSpec(),
-                "compile": compiles,
+                "learning": LearningSpec(compile=compiles),
             }
             model = OmniQuantModel(str(folder), WeightSpec(4, 8), **options)
             block, hidden, target = make(model)

@@ -27,7 +27,15 @@ from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
-from omniquant_pl.spec import ClippingSpec, ObjectiveSpec, RoundingSpec, TransformSpec, WeightSpec, WindowSpec
+from omniquant_pl.spec import (
+    ClippingSpec,
+    LearningSpec,
+    ObjectiveSpec,
+    RoundingSpec,
+    TransformSpec,
+    WeightSpec,
+    WindowSpec,
+)
 from omniquant_pl.trainer import SequentialTrainer
 
 NEVER, SOMETIMES, EXPERTS, SAMPLES, VOCABULARY = 3, 2, 4, 4, 64
@@ -115,13 +123,15 @@ def calibrate(mixtral: Path, halves: Tensor, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("runs")
     np.save(root / "tokens.npy", halves.numpy())
 
-    def calibrate(name: str, *callbacks: Callback, epochs: int = 2, **settings: Any) -> RunFolder:
+    def calibrate(
+        name: str, *callbacks: Callback, epochs: int = 2, compiles: bool = False, **settings: Any
+    ) -> RunFolder:
         model = OmniQuantModel(
             str(mixtral),
             WeightSpec(BITS, 16),
             clipping=ClippingSpec(),
             transform=TransformSpec(mlp=True),
-            weight_decay=0.5,
+            learning=LearningSpec(weight_decay=0.5, compile=compiles),
             **settings,
         )
         trainer = SequentialTrainer(
@@ -595,4 +605,4 @@ def test_blocks_come_back_to_the_device_after_a_fit(
 
 def test_mixtures_are_not_compiled(calibrate: Callable[..., RunFolder]) -> None:
     with pytest.raises(ConfigurationError, match=r"^model\.learning\.compile: experts get another number of tokens"):
-        calibrate("compiled", compile=True)
+        calibrate("compiled", compiles=True)

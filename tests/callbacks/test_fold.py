@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from omniquant_pl.errors import CalibrationError
+from omniquant_pl.data import CalibrationData
+from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.spec import TransformSpec, WeightSpec
 from omniquant_pl.trainer import SequentialTrainer
@@ -76,5 +77,17 @@ def test_calibration_without_folding_is_refused(
     llama: Path, fit: Callable[..., SequentialTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("omniquant_pl.callbacks.FoldCallback.on_block_trained", lambda *_: None)
-    with pytest.raises(CalibrationError, match="FoldCallback"):
+    with pytest.raises(CalibrationError, match="block 0: no callback has folded it"):
         fit(OmniQuantModel(str(llama)), max_epochs=0)
+
+
+def test_a_fit_without_a_folding_callback_is_refused_before_any_work(
+    llama: Path, token_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    calibration, _ = token_files
+    trainer = SequentialTrainer(default_root_dir=tmp_path / "run", accelerator="cpu", max_epochs=0)
+    with pytest.raises(
+        ConfigurationError, match=r"^trainer\.callbacks: no callback folds the blocks; add .*FoldCallback"
+    ):
+        trainer.fit(OmniQuantModel(str(llama)), datamodule=CalibrationData(str(calibration), samples=2))
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from omniquant_pl.cli.program import main, run
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.utils.presets import find_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Arguments = list[str]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from omniquant_pl.commands.export import export_run
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.errors import CalibrationError, ConfigurationError
 from omniquant_pl.export.hf import HfExport
@@ -40,7 +41,7 @@ def export(
         format_name: str, evaluation: Path = token_files[1], output: Path = tmp_path / "out", **settings: Any
     ) -> Path:
         data = CalibrationData(evaluation=[str(evaluation)])
-        return trainer.export(model, data, format_name, str(output), **settings)
+        return export_run(trainer, model, data, format_name, str(output), **settings)
 
     return export
 
