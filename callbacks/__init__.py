@@ -1,4 +1,4 @@
-"""What happens around the calibration: folding, files, measurements, report, progress, numerics."""
+"""Lightning callbacks: fold, export, checkpoint, metrics, report, progress, numerics; one file each."""
 
 from omniquant_pl.callbacks.best import KeepBestState
 from omniquant_pl.callbacks.checkpoint import CheckpointCallback

@@ -1,1 +1,1 @@
-"""What each subcommand does, bound to the trainer from above."""
+"""What each subcommand does: export, test, generate, compare, plan."""

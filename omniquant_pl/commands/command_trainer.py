@@ -13,7 +13,7 @@ __all__ = ["CommandTrainer"]
 
 
 class CommandTrainer(SequentialTrainer):
-    """A :class:`SequentialTrainer` with the commands that work on a run; ``fit`` is the trainer's own."""
+    """Calibrates the blocks of a model in order, and works on finished runs."""
 
     test = measure_run  # type: ignore[assignment]
     export = export_run

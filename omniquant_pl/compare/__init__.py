@@ -1,1 +1,1 @@
-"""The same model by several methods: which one loses least, and what it costs."""
+"""The same model by several methods, those of other installed packages among them."""

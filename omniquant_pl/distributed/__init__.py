@@ -1,4 +1,4 @@
-"""Several processes: who shares what with whom, and what Lightning is told of it."""
+"""Several processes: their groups, what they share, and Lightning strategies for them."""
 
 from omniquant_pl.distributed.agreement import check_agreement, check_equal_blocks, check_shared_folder
 from omniquant_pl.distributed.gradients import add_gradients

@@ -1,4 +1,4 @@
-"""What a quantized model has lost."""
+"""What a quantized model has lost: perplexity, zero-shot tasks, size."""
 
 from omniquant_pl.evaluate.perplexity import CalledBlock, original_blocks, perplexity
 from omniquant_pl.evaluate.run import VARIANTS, Evaluation, perplexity_table

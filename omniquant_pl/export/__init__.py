@@ -1,4 +1,4 @@
-"""Folders that other programs load, one format a file."""
+"""Formats that other programs load, one file each, and their verification in those programs."""
 
 from omniquant_pl.export.folder import check_target
 from omniquant_pl.export.format import Export, StorageDtype

@@ -1,4 +1,4 @@
-"""The families that are supported, one file each."""
+"""What a block of each model family looks like, as data, one file each."""
 
 from omniquant_pl.families import falcon as _falcon
 from omniquant_pl.families import gemma as _gemma

@@ -1,4 +1,4 @@
-"""Hidden states between blocks: where they are kept, how they are read, the batches that blocks learn from."""
+"""The hidden states between blocks: on the device, the host or the disk, and the batches that blocks learn from."""
 
 from omniquant_pl.hidden_states.batches import BatchOrder, HiddenStateBatches, map_hidden_states, read_ahead
 from omniquant_pl.hidden_states.errors import mean_square, mean_squared_error

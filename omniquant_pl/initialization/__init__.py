@@ -1,1 +1,1 @@
-"""Where factors start: statistics, searches, another run, a file, the files of the original OmniQuant."""
+"""Where factors start: statistics, searches, another run, a file, the original implementation's files."""

@@ -1,4 +1,4 @@
-"""Modules that stand in for a block's own while it is calibrated."""
+"""Modules that replace a block's own while it is calibrated: quantized linears, attention, experts."""
 
 from omniquant_pl.nn.attention import ATTENTION, AttentionInputs
 from omniquant_pl.nn.experts import UnfusedExperts

@@ -1,4 +1,4 @@
-"""Floor 0: `torch.library` operators, each with a pure-torch default and a fake kernel."""
+"""`torch.library` operators over the compiled kernels, each with a pure-torch default and a fake kernel."""
 
 from omniquant_pl.ops._fake_quantize import (
     dynamic_fake_quantize,

@@ -1,4 +1,4 @@
-"""Affine quantization, its straight-through gradients, and the learnable clipping of weights."""
+"""Affine quantization, its straight-through gradients, clipping, searches, and GPTQ."""
 
 from omniquant_pl.quant.affine import QuantizedWeight
 from omniquant_pl.quant.clipping import RowRange, WeightQuantizer

@@ -1,4 +1,4 @@
-"""``report.html``: what a run has measured and learned, as one page of pictures and numbers."""
+"""`report.html`: what a run has measured and learned, as one page of pictures and numbers."""
 
 from omniquant_pl.report.page import write_report
 from omniquant_pl.report.record import Record

@@ -1,4 +1,4 @@
-"""Computes with packed weights: loading an exported folder, and generating text.
+"""The packed model: loading an exported folder, computing with its codes, generating text.
 
 >>> from omniquant_pl.runtime import load_packed
 >>> model = load_packed("runs/w4a4/packed")

@@ -1,4 +1,4 @@
-"""The trainer that calibrates the blocks of a model in order, and the commands on a finished run."""
+"""The Lightning trainers that calibrate blocks in order or in parallel segments, and the checks of their settings."""
 
 from omniquant_pl.trainer.sequential import SequentialTrainer
 

@@ -1,4 +1,4 @@
-"""The pairs of operators between which scales (and shifts) move without changing the model."""
+"""The pairs of operators between which scales and shifts move without changing the model."""
 
 from omniquant_pl.transform.attention import NormedQueryToKey, QueryToKey, ValueToOutput
 from omniquant_pl.transform.base import BlockTensors, Pair

@@ -1,1 +1,1 @@
-"""Files, memory, signals, and text for people: nothing here knows of quantization."""
+"""Files, memory, signals, formatting of text: nothing here knows of quantization."""
