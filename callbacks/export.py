@@ -16,10 +16,7 @@ class ExportCallback(CalibrationCallback):
     """Exports the calibrated model to ``model/`` in the run folder.
 
     Args:
-        format: hf (a plain transformers folder with dequantized weights), packed (codes as ``generate`` computes with
-            them, any scheme), gptq (for transformers with gptqmodel), compressed-tensors (for transformers with that
-            package, activations as well), gguf (a file that llama.cpp loads), mlc (weights for
-            MLC-LLM), factors (what the run has learned, alone, for model.parameters); null exports nothing.
+        format: Name of one of :data:`omniquant_pl.export.FORMATS`; null exports nothing.
         dtype: Storage of the tensors that are not quantized, with hf of all: float32 keeps the calibrated values
             exactly, float16 and bfloat16 take half of it and round once more; null: what holds them exactly.
         shard_bytes: Largest size of one file.

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from omniquant_pl.export import formats_help
+
 __all__ = ["descriptions", "own_settings_first", "reword"]
 
 _PROGRAM = "Calibrate, measure, export and run quantized language models."
@@ -38,8 +40,10 @@ def descriptions(commands: Iterable[str]) -> dict[str, Any]:
 
 
 def reword(parser: ArgumentParser) -> None:
-    """Says of Lightning's flags what they do here."""
-    for flag, words in _WORDS.items():
+    """Say of Lightning's flags what they do here, and of formats what each class says of itself."""
+    formats = formats_help()
+    own = {"--format": formats, "--export.format": f"{formats}; null exports nothing"}
+    for flag, words in (_WORDS | own).items():
         if flag in parser._option_string_actions:
             parser._option_string_actions[flag].help = words
 

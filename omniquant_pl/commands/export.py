@@ -44,11 +44,7 @@ def export_run(
         trainer: Whose run it is.
         model: The run's model settings.
         datamodule: What to verify with: the first evaluation set.
-        format: hf: a plain transformers folder with dequantized weights; packed: codes as
-            ``generate`` computes with them, any scheme; gptq: what transformers loads with gptqmodel;
-            compressed-tensors: what it loads with that package, activations as well;
-            gguf: a file that llama.cpp loads; mlc: weights for MLC-LLM;
-            factors: what the run has learned, alone, for model.parameters.
+        format: Name of one of :data:`omniquant_pl.export.FORMATS`.
         output: The folder to create, or an earlier export to replace; null: named after the format, in the run folder.
         dtype: Storage of the tensors that are not quantized; null: what holds them exactly.
         shard_bytes: Largest size of one file.

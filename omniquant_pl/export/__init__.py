@@ -4,7 +4,7 @@ from omniquant_pl.export.folder import check_target
 from omniquant_pl.export.format import Export, StorageDtype
 from omniquant_pl.export.hf import HfExport
 from omniquant_pl.export.hub import HubRepository
-from omniquant_pl.export.registry import FORMATS, FormatName, open_format
+from omniquant_pl.export.registry import FORMATS, FormatName, formats_help, open_format
 from omniquant_pl.export.runnable import open_runnable
 from omniquant_pl.export.verification import Verification, check_agreement, verification_table
 
@@ -18,6 +18,7 @@ __all__ = [
     "Verification",
     "check_agreement",
     "check_target",
+    "formats_help",
     "open_format",
     "open_runnable",
     "verification_table",

@@ -20,7 +20,7 @@ from omniquant_pl.export.clients import transformers_logits
 from omniquant_pl.export.compressed_tensors_config import attention_classes, describe, linear_kinds
 from omniquant_pl.export.compressed_tensors_layouts import IntQuantized, PackQuantized
 from omniquant_pl.export.folded import LinearWeight
-from omniquant_pl.export.format import Client
+from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.export.structure import expert_linears, first_refusal, ragged_refusal, rewritten_linears
 from omniquant_pl.model import OmniQuantModel
@@ -71,6 +71,13 @@ class CompressedTensorsExport(SafetensorsExport):
     """
 
     name = "compressed-tensors"
+    description = "for transformers with that package and for vLLM, activations as well"
+    limits = Limits(
+        weights="2 to 8 bit, groups that divide the rows, or none",
+        activations="as in the scheme",
+        loaded_by="[transformers](deployment.md#transformers) with that package; the format is "
+        "[vLLM](deployment.md#vllm)'s own",
+    )
     clients = (
         Client(
             "transformers with compressed-tensors",

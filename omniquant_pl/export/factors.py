@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from omniquant_pl.export.card import model_card
 from omniquant_pl.export.folder import atomic_directory
-from omniquant_pl.export.format import Export
+from omniquant_pl.export.format import Export, Limits
 from omniquant_pl.initialization.factor_file import FACTOR_FILE, write_factor_file
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
@@ -30,6 +30,13 @@ class FactorsExport(Export):
     """Writes the one file that ``model.parameters`` takes, and the settings that they make the same model with."""
 
     name = "factors"
+    description = "what the run has learned, alone, for model.parameters"
+    limits = Limits(
+        weights="[what the run has learned](#learned-factors-alone), alone, a few per cent of the model; not with "
+        "`model.rounding.method` `learned` or `gptq`",
+        activations="",
+        loaded_by="`model.parameters`",
+    )
     library = "omniquant-pl"
     clients = ()
 

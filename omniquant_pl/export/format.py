@@ -14,7 +14,7 @@ from torch import Tensor
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import RunFolder
 
-__all__ = ["Client", "Export", "StorageDtype"]
+__all__ = ["Client", "Export", "Limits", "StorageDtype"]
 
 StorageDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -45,6 +45,21 @@ class Client:
         return all(importlib.util.find_spec(package) is not None for package in self.packages)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a format holds and who loads it, as Markdown for ``docs/exports.md``.
+
+    Attributes:
+        weights: Which weights it holds.
+        activations: What becomes of quantized activations.
+        loaded_by: The programs that load it.
+    """
+
+    weights: str
+    activations: str
+    loaded_by: str
+
+
 class Export(ABC):
     """A format: a way of storing a calibrated model.
 
@@ -55,6 +70,12 @@ class Export(ABC):
 
     name: ClassVar[str]
     """The name in ``export.format``."""
+
+    description: ClassVar[str]
+    """What it is, in a few words for ``--help``."""
+
+    limits: ClassVar[Limits]
+    """What it holds, for the table of formats."""
 
     library: ClassVar[str] = "transformers"
     """What loads it, in the words of the hub's model cards."""

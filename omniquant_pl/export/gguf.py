@@ -19,7 +19,7 @@ from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.export.card import model_card
 from omniquant_pl.export.folded import FoldedModel
 from omniquant_pl.export.folder import atomic_directory, copy_auxiliary_files
-from omniquant_pl.export.format import Client, Export
+from omniquant_pl.export.format import Client, Export, Limits
 from omniquant_pl.export.gguf_clients import llama_cpp_logits
 from omniquant_pl.export.gguf_metadata import Value, hyperparameters, refusal, rotary_tensors
 from omniquant_pl.export.gguf_names import ARCHITECTURES
@@ -56,6 +56,13 @@ class GgufExport(Export):
     """
 
     name = "gguf"
+    description = "a file that llama.cpp loads"
+    limits = Limits(
+        weights="2 to 7 bit, and 8 bit symmetric, in groups of a multiple of 32, or none; 8 bit with zero points "
+        "dequantized",
+        activations="rounded by llama.cpp, its own way",
+        loaded_by="[llama.cpp](deployment.md#llamacpp); transformers",
+    )
     library = "gguf"
     clients = (Client("llama.cpp", ("llama_cpp",), llama_cpp_logits, tolerance=1e-1),)
 

@@ -21,7 +21,7 @@ from omniquant_pl import __version__, ops
 from omniquant_pl.checkpoint import Checkpoint
 from omniquant_pl.export.codes import unsigned_codes
 from omniquant_pl.export.folded import LinearWeight
-from omniquant_pl.export.format import Client
+from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.export.structure import (
     expert_linears,
@@ -81,6 +81,12 @@ class GptqExport(SafetensorsExport):
     """
 
     name = "gptq"
+    description = "for transformers with gptqmodel"
+    limits = Limits(
+        weights="2, 3, 4, 8 bit of one width; groups of 16 to 1024 that divide the rows, or none; version 2",
+        activations="16 bit only",
+        loaded_by="[transformers](deployment.md#transformers) with gptqmodel and optimum",
+    )
     clients = (Client("transformers with gptqmodel", ("transformers", "gptqmodel", "optimum"), _logits),)
 
     @override

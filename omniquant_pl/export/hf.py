@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from omniquant_pl.export.clients import transformers_logits
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
-from omniquant_pl.export.format import Client
+from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
@@ -26,6 +26,12 @@ class HfExport(SafetensorsExport):
     """
 
     name = "hf"
+    description = "a plain transformers folder with dequantized weights"
+    limits = Limits(
+        weights="every scheme, dequantized: no smaller than the original; float32 unless `--dtype` says otherwise",
+        activations="computed in 16 bit or more",
+        loaded_by="[transformers](deployment.md#transformers) alone, and whatever reads its folders",
+    )
     clients = (Client("transformers", ("transformers",), transformers_logits),)
 
     @property

@@ -17,7 +17,7 @@ from omniquant_pl.export.card import model_card
 from omniquant_pl.export.codes import check_scale_range
 from omniquant_pl.export.folded import FoldedModel, FoldedTensors
 from omniquant_pl.export.folder import atomic_directory, copy_auxiliary_files
-from omniquant_pl.export.format import Client, Export
+from omniquant_pl.export.format import Client, Export, Limits
 from omniquant_pl.export.mlc_cache import write_tensor_cache
 from omniquant_pl.export.mlc_codes import pack_codes, weight_refusal
 from omniquant_pl.export.mlc_models import FAMILIES, MlcFamily, model_config, model_refusal
@@ -63,6 +63,12 @@ class MlcExport(Export):
     """
 
     name = "mlc"
+    description = "weights for MLC-LLM"
+    limits = Limits(
+        weights="2 and 3 bit, 4 bit symmetric; groups of a multiple of 32, or none",
+        activations="computed in float16",
+        loaded_by="[MLC-LLM](deployment.md#mlc-llm)",
+    )
     library = "mlc-llm"
     clients = (Client("MLC-LLM", ("mlc_llm",), _needs_compiling),)
 

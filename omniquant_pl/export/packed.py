@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.folded import FoldedModel, LinearWeight
-from omniquant_pl.export.format import Client
+from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
@@ -51,6 +51,12 @@ class PackedExport(SafetensorsExport):
     """Writes a folder that :func:`omniquant_pl.runtime.load_packed` and ``generate`` load."""
 
     name = "packed"
+    description = "codes as `generate` computes with them, any scheme"
+    limits = Limits(
+        weights="every scheme: 2 to 8 bit, any group; [its layout](packed-format.md)",
+        activations="as in the scheme",
+        loaded_by="[this project](deployment.md#this-projects-runtime): `generate`, from Python `load_packed`",
+    )
     library = "omniquant-pl"
     clients = (Client("omniquant-pl", ("omniquant_pl",), _logits, quantizes_activations=True),)
 

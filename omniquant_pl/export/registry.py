@@ -1,29 +1,44 @@
-"""The formats by name, and the refusal of what a format cannot hold."""
+"""The formats by name, found in this package, and the refusal of what a format cannot hold."""
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
+from omniquant_pl import export as package
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.export.compressed_tensors import CompressedTensorsExport
-from omniquant_pl.export.factors import FactorsExport
 from omniquant_pl.export.format import Export, StorageDtype
-from omniquant_pl.export.gguf import GgufExport
-from omniquant_pl.export.gptq import GptqExport
-from omniquant_pl.export.hf import HfExport
-from omniquant_pl.export.mlc import MlcExport
-from omniquant_pl.export.packed import PackedExport
 from omniquant_pl.model import OmniQuantModel
 
-__all__ = ["FORMATS", "FormatName", "open_format"]
+__all__ = ["FORMATS", "FormatName", "formats_help", "open_format"]
 
-FormatName = Literal["hf", "packed", "gptq", "compressed-tensors", "gguf", "mlc", "factors"]
+
+def _formats() -> Iterator[type[Export]]:
+    """Every format that a module of this package defines, so that a new one is one new file."""
+    for found in pkgutil.iter_modules(package.__path__):
+        module = import_module(f"{package.__name__}.{found.name}")
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, Export) and not inspect.isabstract(kind) and kind.__module__ == module.__name__:
+                yield kind
+
 
 FORMATS: dict[str, type[Export]] = {
-    export.name: export
-    for export in (HfExport, PackedExport, GptqExport, CompressedTensorsExport, GgufExport, MlcExport, FactorsExport)
+    kind.name: kind for kind in sorted(_formats(), key=lambda kind: (kind.name != "hf", kind.name))
 }
-"""Every format by its name."""
+"""Every format by its name, the default first."""
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
+
+
+def formats_help() -> str:
+    """Return what each format is, for ``--help``."""
+    return "; ".join(f"{name}: {kind.description}" for name, kind in FORMATS.items())
 
 
 def open_format(
