@@ -45,7 +45,7 @@ class TestAddingAFamily:
         config = Qwen3Config(num_hidden_layers=2)
         real = family_of(config)
         monkeypatch.setattr(layout, "_FAMILIES", {})
-        (tmp_path / "shown.py").write_text(code[0])
+        (tmp_path / "shown.py").write_text(code[1])
         runpy.run_path(str(tmp_path / "shown.py"))
         assert list(layout._FAMILIES) == ["qwen3"]
         shown = family_of(config)
@@ -55,12 +55,17 @@ class TestAddingAFamily:
         assert [getattr(shown, name) for name in others] == [getattr(real, name) for name in others]
 
     @pytest.mark.parametrize(
-        ("position", "path"), enumerate(["omniquant_pl/families/qwen3.py", "tests/families/test_qwen3.py"])
+        ("position", "path"),
+        list(
+            enumerate(
+                ["omniquant_pl/families/llama.py", "omniquant_pl/families/qwen3.py", "tests/families/test_qwen3.py"]
+            )
+        ),
     )
     def test_code_is_in_the_file_it_names(self, code: list[str], position: int, path: str) -> None:
         assert f"`{path}`" in self.PAGE
         assert code[position] in (ROOT / path).read_text(encoding="utf-8")
-        assert len(code) == 2
+        assert len(code) == 3
 
     @pytest.mark.parametrize("described", [Family, BlockLayout])
     def test_tables_have_every_field(self, described: Any) -> None:

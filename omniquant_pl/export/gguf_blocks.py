@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.export.codes import unsigned_codes
-from omniquant_pl.quant.affine import QuantizedWeight, code_limits, group_size_of
+from omniquant_pl.ops import code_range
+from omniquant_pl.quant.affine import QuantizedWeight, group_size_of
 from omniquant_pl.spec import WeightSpec
 
 __all__ = ["BLOCK_TYPES", "BlockType", "exact_type"]
@@ -79,7 +80,7 @@ def exact_type(spec: WeightSpec, columns: int) -> BlockType | None:
 
 def _reach(spec: WeightSpec) -> tuple[int, int]:
     """Lowest and highest ``code - zero_point``."""
-    lowest, highest = code_limits(spec.bits, spec.symmetric)
+    lowest, highest = code_range(spec.bits, spec.symmetric)
     return (lowest, highest) if spec.symmetric else (-highest, highest)
 
 

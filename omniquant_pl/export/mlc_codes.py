@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from omniquant_pl import ops
 from omniquant_pl.export.codes import unsigned_codes
-from omniquant_pl.quant.affine import QuantizedWeight, code_limits, group_size_of
+from omniquant_pl.ops import code_range
+from omniquant_pl.quant.affine import QuantizedWeight, group_size_of
 from omniquant_pl.spec import WeightSpec
 
 __all__ = ["GROUP", "pack_codes", "weight_refusal"]
@@ -32,7 +33,7 @@ def weight_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
     group = group_size_of(spec, columns)
     if group != columns and group % GROUP:
         return f"groups of {group} channels are not made of groups of {GROUP}"
-    lowest, highest = code_limits(spec.bits, spec.symmetric)
+    lowest, highest = code_range(spec.bits, spec.symmetric)
     reach = highest - (0 if spec.symmetric else lowest)
     if reach > _OFFSET:
         kind = "symmetric codes" if spec.symmetric else "codes with zero points"

@@ -12,12 +12,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from omniquant_pl.runtime.codec import Stored
 from omniquant_pl.utils.files import write_json
 
 __all__ = ["ShardWriter", "Stored"]
-
-Stored = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a tensor in a file."""
 
 _NAMES = {
     torch.float64: "F64",

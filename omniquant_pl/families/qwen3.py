@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from omniquant_pl.families.layout import BlockLayout, Family, register
-from omniquant_pl.families.llama import LLAMA_HEAD
-from omniquant_pl.transform import NormedQueryToKey, NormToLinears, UpToDown, ValueToOutput
+from dataclasses import replace
+
+from omniquant_pl.families.layout import register
+from omniquant_pl.families.llama import LLAMA, LLAMA_BLOCK
+from omniquant_pl.transform import NormedQueryToKey, QueryToKey
 
 __all__ = ["QWEN3", "QWEN3_BLOCK"]
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_NORMED = NormedQueryToKey("self_attn.q_norm", "self_attn.k_norm")
 
-QWEN3_BLOCK = BlockLayout(
-    attention="self_attn",
-    linears=(*_QKV, "self_attn.o_proj", *_GATE_UP, "mlp.down_proj"),
-    pairs=(
-        NormToLinears("input_layernorm", _QKV),
-        ValueToOutput("self_attn.v_proj", "self_attn.o_proj"),
-        NormedQueryToKey("self_attn.q_norm", "self_attn.k_norm"),
-        NormToLinears("post_attention_layernorm", _GATE_UP),
-    ),
-    mlp_pairs=(UpToDown("mlp.up_proj", "mlp.down_proj"),),
-    writers=("self_attn.o_proj", "mlp.down_proj"),
+QWEN3_BLOCK = replace(
+    LLAMA_BLOCK, pairs=tuple(_NORMED if isinstance(pair, QueryToKey) else pair for pair in LLAMA_BLOCK.pairs)
 )
 
-QWEN3 = Family(blocks="model.layers", block=lambda config, index: QWEN3_BLOCK, head=LLAMA_HEAD)
+QWEN3 = replace(LLAMA, block=lambda config, index: QWEN3_BLOCK)
 
 register("qwen3", QWEN3)

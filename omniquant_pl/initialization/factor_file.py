@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,12 @@ from torch import Tensor
 
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.initialization.origin import check_rotation, rotation_of, warn_of_another_model
 from omniquant_pl.run.fingerprint import model_digest
 from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.utils.sealed import DamagedFileError, read_sealed, write_sealed
 
 __all__ = ["FACTOR_FILE", "FactorFile", "write_factor_file"]
-
-_log = logging.getLogger(__name__)
 
 FACTOR_FILE = "factors.safetensors"
 _KIND = "omniquant factors"
@@ -43,7 +40,7 @@ def write_factor_file(path: Path, run: RunFolder, source: SourceModel, content: 
     head = {
         "kind": _KIND,
         "blocks": len(source),
-        "rotation": None if source.rotation is None else asdict(source.rotation),
+        "rotation": rotation_of(source),
         "fingerprint": {**known, "model": model_digest(source.folder)},
     }
     write_sealed(path, factors, {**content, **head})
@@ -66,13 +63,9 @@ class FactorFile:
         if content["blocks"] != len(source):
             message = f"{path} has factors of {content['blocks']} blocks, the model has {len(source)}"
             raise ConfigurationError("model.parameters", message)
-        rotation = None if source.rotation is None else asdict(source.rotation)
-        if content["rotation"] != rotation:
-            message = f"{path} has learned for another model.rotation, {content['rotation']}"
-            raise ConfigurationError("model.parameters", message)
+        check_rotation(path, content["rotation"], source)
         if content["fingerprint"]["model"] != model_digest(source.folder):
-            message = "model.parameters: %s has learned for another model, %s; its factors become the start of %s"
-            _log.warning(message, path, content.get("model"), source.folder)
+            warn_of_another_model(path, content.get("model"), source)
 
     def origin(self, index: int) -> str:
         """Says where a block's factors are from."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ from torch import Tensor
 
 from omniquant_pl.checkpoint import SourceModel, is_hub_id, locate_model
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.initialization.origin import check_rotation, warn_of_another_model
 from omniquant_pl.run.folder import RunFolder
 
 __all__ = ["RunFactors"]
-
-_log = logging.getLogger(__name__)
 
 
 class RunFactors:
@@ -34,10 +31,8 @@ class RunFactors:
     def __init__(self, folder: RunFolder, source: SourceModel) -> None:
         self._folder = folder
         settings = folder.read_config("model.parameters").get("model")
-        rotation = None if source.rotation is None else asdict(source.rotation)
-        if settings is not None and settings.get("rotation") != rotation:
-            message = f"{folder.path} has learned for another model.rotation, {settings.get('rotation')}"
-            raise ConfigurationError("model.parameters", message)
+        if settings is not None:
+            check_rotation(folder.path, settings.get("rotation"), source)
         missing = [index for index in range(len(source)) if not folder.factor_file(index).is_file()]
         if missing:
             path = folder.factor_file(missing[0])
@@ -46,8 +41,7 @@ class RunFactors:
             )
         other = _other_model(folder, settings or {}, source)
         if other is not None:
-            message = "model.parameters: %s has learned for another model, %s; its factors become the start of %s"
-            _log.warning(message, folder.path, other, source.folder)
+            warn_of_another_model(folder.path, other, source)
 
     def origin(self, index: int) -> str:
         """Says where a block's factors are from."""

@@ -1,5 +1,6 @@
 """`torch.library` operators over the compiled kernels, each with a pure-torch default and a fake kernel."""
 
+from omniquant_pl.ops._default import code_range
 from omniquant_pl.ops._fake_quantize import (
     dynamic_fake_quantize,
     dynamic_fake_quantize_backward,
@@ -13,6 +14,7 @@ from omniquant_pl.ops._packed_linear import packed_linear
 
 __all__ = [
     "LAYOUTS",
+    "code_range",
     "dynamic_fake_quantize",
     "dynamic_fake_quantize_backward",
     "fake_quantize",

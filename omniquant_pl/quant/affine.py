@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omniquant_pl.ops import code_range
 from omniquant_pl.spec import WeightSpec
 
 __all__ = [
     "QuantizedWeight",
-    "code_limits",
     "from_rows",
     "group_size_of",
     "quantize",
@@ -77,11 +77,6 @@ def from_rows(rows: Tensor, out_features: int, in_features: int) -> Tensor:
     return rows.reshape(out_features, -1)[:, :in_features]
 
 
-def code_limits(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Returns the lowest and the highest code."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-
-
 def row_range(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns lowest and highest value per row, ``[rows, 1]`` each; the range always contains zero."""
     return rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
@@ -115,7 +110,7 @@ def scale_and_zero_point(
     Returns:
         Scale and zero point ``[rows, 1]`` in the dtype of ``low``; the zero point is an integer value.
     """
-    _, highest_code = code_limits(bits, symmetric)
+    _, highest_code = code_range(bits, symmetric)
     extent = torch.maximum(-low, high) if symmetric else high - low
     scale = (extent / highest_code).clamp(min=smallest)
     if smallest < EMPTY_GROUP_SCALE:  # no program's dtype is too small for a scale that nothing depends on
@@ -129,4 +124,4 @@ def scale_and_zero_point(
 
 def quantize(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Returns the integer codes of rows, as float values ``[rows, columns]``."""
-    return ((rows / scale).round() + zero_point).clamp(*code_limits(bits, symmetric))
+    return ((rows / scale).round() + zero_point).clamp(*code_range(bits, symmetric))

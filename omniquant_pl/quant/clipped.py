@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omniquant_pl import ops
-from omniquant_pl.quant.affine import code_limits, scale_and_zero_point
+from omniquant_pl.ops import code_range
+from omniquant_pl.quant.affine import scale_and_zero_point
 
 __all__ = ["clipped_fake_quantize"]
 
@@ -46,13 +47,13 @@ class _ClippedFakeQuantize(torch.autograd.Function):
             rows = torch.addcmul(rows, offset, scale)
         ctx.save_for_backward(rows, scale, zero_point, low, high, gamma, beta, low_at, high_at, offset)
         ctx.bits, ctx.symmetric, ctx.smallest, ctx.is_shared = bits, symmetric, smallest, lower is None
-        return ops.fake_quantize(rows, scale, zero_point, *code_limits(bits, symmetric))
+        return ops.fake_quantize(rows, scale, zero_point, *code_range(bits, symmetric))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, scale, zero_point, low, high, gamma, beta, low_at, high_at, offset = ctx.saved_tensors
-        limits = code_limits(ctx.bits, ctx.symmetric)
+        limits = code_range(ctx.bits, ctx.symmetric)
         grad_rows, grad_scale, grad_zero = ops.fake_quantize_backward(
             grad.contiguous(), rows, scale, zero_point, *limits
         )

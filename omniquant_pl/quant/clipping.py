@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from omniquant_pl.ops import code_range
 from omniquant_pl.quant.affine import (
     QuantizedWeight,
-    code_limits,
     from_rows,
     group_size_of,
     quantize,
@@ -82,7 +82,7 @@ class WeightQuantizer(nn.Module):
             scale, zero_point = scale_and_zero_point(*(full_range or row_range(rows)), *grid, self.spec.smallest_scale)
             if offset is not None:
                 rows = torch.addcmul(rows, offset, scale)
-            result = fake_quantize(rows, scale, zero_point, *code_limits(*grid))
+            result = fake_quantize(rows, scale, zero_point, *code_range(*grid))
         else:
             lower = None if self.lower is None else self.lower.view(-1, 1)
             upper, smallest = self.upper.view(-1, 1), self.spec.smallest_scale

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from omniquant_pl.quant.affine import code_limits, group_size_of, row_range, scale_and_zero_point, to_rows
+from omniquant_pl.ops import code_range
+from omniquant_pl.quant.affine import group_size_of, row_range, scale_and_zero_point, to_rows
 from omniquant_pl.quant.fake_quantize import fake_quantize
 from omniquant_pl.spec import WeightSpec
 
@@ -130,7 +131,7 @@ def _best_shares(weight: Tensor, tokens: Tensor, spec: WeightSpec, shares: Seque
     least = torch.full_like(best, torch.inf)
     for share in shares:
         scale, zero_point = scale_and_zero_point(low * share, high * share, *grid, spec.smallest_scale)
-        error = fake_quantize(rows, scale, zero_point, *code_limits(*grid)) - rows
+        error = fake_quantize(rows, scale, zero_point, *code_range(*grid)) - rows
         grouped = error.view(len(weight), -1, group_size).transpose(0, 1)  # [groups, out, group_size]
         power = (grouped @ tokens.mT).square().sum(2).T  # [out, groups]
         best = torch.where(power < least, share, best)

@@ -8,11 +8,10 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from omniquant_pl.runtime.generation import Generation
+from omniquant_pl.utils.formatting import format_bytes
 from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["generation_table", "memory_line", "weight_bytes", "write_terminal"]
-
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def write_terminal(text: str) -> None:
@@ -33,18 +32,11 @@ def generation_table(generation: Generation) -> Table:
 def memory_line(model: PreTrainedModel) -> str:
     """Returns a sentence on the size of a model and on the most memory that the process has used so far."""
     peak = peak_memory(model.device)
-    device = f", device {_shown(peak['device'])}" if model.device.type == "cuda" else ""
-    return f"weights {_shown(weight_bytes(model))}; peak memory: host {_shown(peak['host'])}{device}"
+    device = f", device {format_bytes(peak['device'])}" if model.device.type == "cuda" else ""
+    return f"weights {format_bytes(weight_bytes(model))}; peak memory: host {format_bytes(peak['host'])}{device}"
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Returns the bytes of all tensors of a model, those that are shared counted once."""
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())
-
-
-def _shown(size: float) -> str:
-    unit = 0
-    while size >= 1000 and unit < len(_UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{size:.0f} B"
