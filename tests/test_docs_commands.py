@@ -13,7 +13,7 @@ import pytest
 from documented import COMMANDS, PAGES, ROOT, Command
 from lightning.pytorch.cli import LightningArgumentParser
 
-from omniquant_pl import cli
+from omniquant_pl.cli import program as cli
 from omniquant_pl.commands.planning import BlockTimes, Job, plan
 from omniquant_pl.distributed import BlockParallelStrategy, DataParallelStrategy
 from omniquant_pl.errors import ConfigurationError

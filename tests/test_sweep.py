@@ -498,7 +498,8 @@ class Run:
             kept = json.loads((self.trainer.run_folder.statistics / f"{block.index:05d}.json").read_text())
             nulls = {name.rpartition(".")[2] for name, value in numbers_in(kept) if value is None}
             assert nulls <= {"after", "median_after"}  # where nothing transforms
-            assert all(value >= 0 for _, value in numbers_in(kept) if value is not None)
+            # A divergence of nothing is zero but for the rounding of float32 logits.
+            assert not [found for found in numbers_in(kept) if found[1] is not None and found[1] < -1e-6]
             linears = {re.sub(r"\.\d+(?=\.)", ".*", name) for name in layout.linears}
             readers = [name for each in kept["inputs"] for name in each["readers"]]
             assert len(readers) == len(set(readers))

@@ -605,4 +605,4 @@ def test_blocks_come_back_to_the_device_after_a_fit(
 
 def test_mixtures_are_not_compiled(calibrate: Callable[..., RunFolder]) -> None:
     with pytest.raises(ConfigurationError, match=r"^model\.learning\.compile: experts get another number of tokens"):
-        calibrate("compiled", compiles=True)
+        calibrate("compiled", FoldCallback(), compiles=True)
