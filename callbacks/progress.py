@@ -183,7 +183,7 @@ class ProgressCallback(CalibrationCallback):
     def _objective(self, index: int) -> str | None:
         """What the last block learns from, where that is the model's predictions."""
         assert self._model is not None
-        learns_predictions = self._model.output_loss == "kl" and index == self._blocks_of_model - 1
+        learns_predictions = self._model.objective.output_loss == "kl" and index == self._blocks_of_model - 1
         return divergence(self._losses) if learns_predictions else None
 
     @override

@@ -18,7 +18,7 @@ def last_block_cost(model: OmniQuantModel) -> float:
     Args:
         model: The settings; its source is opened.
     """
-    if model.output_loss == "mse":
+    if model.objective.output_loss == "mse":
         return 1.0
     source, last = model.source, len(model.source) - 1
     shapes = source.block_shapes(last)

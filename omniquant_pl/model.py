@@ -95,6 +95,7 @@ class OmniQuantModel(LightningModule):
         self.trust_remote_code = trust_remote_code
 
     @property
+    @unmasked
     def rates(self) -> FactorRates:
         """Learning rates of the factors; 0 of a kind that is turned off."""
         return FactorRates(

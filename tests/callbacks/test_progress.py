@@ -11,6 +11,7 @@ import pytest
 
 from omniquant_pl.callbacks import MetricsCallback, ProgressCallback
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.spec import ObjectiveSpec
 from omniquant_pl.trainer import SequentialTrainer
 
 
@@ -65,7 +66,11 @@ def test_lines_where_there_is_no_terminal(seen: Callable[..., str], tmp_path: Pa
 def test_the_divergence_is_what_the_last_block_learns_from(
     llama: Path, fit: Callable[..., SequentialTrainer], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(OmniQuantModel(str(llama), output_loss="kl"), [ProgressCallback(), MetricsCallback()], max_epochs=3)
+    fit(
+        OmniQuantModel(str(llama), objective=ObjectiveSpec(output_loss="kl")),
+        [ProgressCallback(), MetricsCallback()],
+        max_epochs=3,
+    )
     first, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("block "))
     assert "divergence" not in first
     before, after = re.findall(r"divergence (\S+) → (\S+) · error", last)[0]

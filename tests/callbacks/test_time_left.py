@@ -9,6 +9,7 @@ import pytest
 
 from omniquant_pl.callbacks.time_left import TimeLeft, last_block_cost
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.spec import ObjectiveSpec
 
 
 @pytest.mark.parametrize("last", [1.0, 10.0])
@@ -54,7 +55,7 @@ def test_nothing_is_left() -> None:
 
 def test_a_last_block_that_learns_predictions_takes_longer(llama: Path) -> None:
     assert last_block_cost(OmniQuantModel(str(llama))) == 1
-    model = OmniQuantModel(str(llama), output_loss="kl")
+    model = OmniQuantModel(str(llama), objective=ObjectiveSpec(output_loss="kl"))
     weights = 4 * 32 * 32 + 3 * 32 * 48  # of a block of hidden size 32 and intermediate size 48
     expected = 1 + 4 * 32 * 64 / (3 * weights)
     assert math.isclose(last_block_cost(model), expected)

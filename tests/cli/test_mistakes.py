@@ -187,7 +187,7 @@ MISTAKES = [
     ("fit ~ --model.weights.bits 16", r"model\.weights\.bits: 16 is not a width from 2 to 8"),
     ("fit ~ --model.activations 4", r"model\.activations: 4 is not accepted; .* null or its settings: --model\.activ"),
     ("fit ~ --model.clipping.lr -1", r"model\.clipping\.lr: -1\.0 is not a number above 0"),
-    ("fit ~ --model.rounding up", r"model\.rounding: up is not accepted; expected nearest, learned, gptq"),
+    ("fit ~ --model.rounding.method up", r"model\.rounding\.method: up is not accepted; expected nearest, learned, gptq"),
     (
         "fit ~ --data.evaluation wikitext2",
         r"data\.evaluation: wikitext2 is not a list; write --data\.evaluation '\[wik",
