@@ -96,7 +96,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no-family": ({"model_type": ABSENT}, "has no model_type"),
     "family-is-null": ({"model_type": None}, "has no model_type"),
     "family-is-a-list": ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
-    "unknown-family": ({"model_type": "lama"}, "the family 'lama' is not supported; known: .*llama"),
+    "unknown-family": ({"model_type": "nothing"}, "the family 'nothing' is not supported; known: .*llama"),
     "architectures": ({"architectures": [3]}, r"architectures is \[3\], not a list of class names"),
     "quantization-is-a-list": ({"quantization_config": []}, r"quantization_config is \[\]"),
     "quantization-is-text": ({"quantization_config": "gptq"}, "quantization_config is 'gptq'"),
