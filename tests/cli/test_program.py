@@ -225,7 +225,7 @@ class TestRefused:
         config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
         GPT2LMHeadModel(config).save_pretrained("gpt2")
         message = refusal(tiny("--model.path=gpt2"))
-        assert "model.path: the family 'gpt2' is not supported; known: " in message
+        assert "model.path: gpt2/config.json: the family 'gpt2' is not supported; known: " in message
 
     def test_test_of_an_unfinished_run(
         self, tiny: Callable[..., Arguments], refusal: Callable[[Arguments], str]

@@ -403,8 +403,12 @@ class TestRefusal:
                 {},
                 "no place for model.layers.0.self_attn.o_proj.bias",
             ),
-            (Qwen2MoeConfig(**SIZES, num_experts=2, decoder_sparse_step=2), {}, "experts in every layer"),
-            (Qwen2MoeConfig(**SIZES, num_experts=2, norm_topk_prob=True), {}, "norm_topk_prob"),
+            (
+                Qwen2MoeConfig(**SIZES, num_experts=2, num_experts_per_tok=2, decoder_sparse_step=2),
+                {},
+                "experts in every layer",
+            ),
+            (Qwen2MoeConfig(**SIZES, num_experts=2, num_experts_per_tok=2, norm_topk_prob=True), {}, "norm_topk_prob"),
             (
                 FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, alibi=True),
                 {},
