@@ -8,11 +8,9 @@ import shlex
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import set_parsing_settings
@@ -34,7 +32,7 @@ from omniquant_pl.callbacks import (
     SaveConfig,
 )
 from omniquant_pl.cli.help import descriptions, own_settings_first, reword
-from omniquant_pl.cli.messages import Asked, check_config_file, explain, fit_first
+from omniquant_pl.cli.messages import Asked, check_config_file, check_nulls, check_sections, explain, fit_first
 from omniquant_pl.commands.command_trainer import CommandTrainer
 from omniquant_pl.data import CalibrationData
 from omniquant_pl.distributed import RemoteRankError
@@ -45,20 +43,7 @@ from omniquant_pl.trainer.checks import require_single_process
 from omniquant_pl.utils.presets import find_config
 from omniquant_pl.utils.signals import Interrupted, requeue
 
-__all__ = ["QUIETENED", "OmniQuantCLI", "main", "quieten", "raising_errors", "run"]
-
-_RAISES_ERRORS: ContextVar[bool] = ContextVar("raises_errors", default=False)
-
-
-@contextmanager
-def raising_errors() -> Iterator[None]:
-    """Inside, what the parser does not accept raises :class:`ConfigurationError` instead of ending the process."""
-    token = _RAISES_ERRORS.set(True)
-    try:
-        yield
-    finally:
-        _RAISES_ERRORS.reset(token)
-
+__all__ = ["OmniQuantCLI", "Parser", "build", "main", "quieten", "refusal_in", "run"]
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
@@ -75,18 +60,19 @@ _asked: ContextVar[Asked] = ContextVar("asked")
 """The command line that is parsed: parsers of classes inside it know neither their key nor their command."""
 
 
-class _Parser(LightningArgumentParser):
+class Parser(LightningArgumentParser):
     """Says what is wrong in a line, without the page of usage before it."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        asked = _asked.get()
-        parser = asked.parser or self
-        if _RAISES_ERRORS.get():
-            key, separator, reason = explain(message, asked).partition(": ")
-            raise ConfigurationError(*((key, reason) if separator else ("settings", key))) from ex
+        parser = _asked.get().parser or self
         command = parser.prog.replace(" [options]", "")
-        self.exit(2, f"error: {explain(message, asked)}\nsee: {command} --help\n")
+        self.exit(2, f"error: {self.explained(message)}\nsee: {command} --help\n")
+
+    @staticmethod
+    def explained(message: str) -> str:
+        """Return what is wrong with the arguments in one line, for what the parser says of them."""
+        return explain(message, _asked.get())
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
@@ -104,14 +90,12 @@ class OmniQuantCLI(LightningCLI):
 
     Args:
         args: What follows the program's name; ``None`` takes the process's own.
-        runs: Whether the command runs once its settings are checked.
         options: As :class:`LightningCLI`.
     """
 
     trainer: CommandTrainer
 
-    def __init__(self, *, args: ArgsType = None, runs: bool = True, **options: Any) -> None:
-        self._runs = runs
+    def __init__(self, *, args: ArgsType = None, **options: Any) -> None:
         words = args if isinstance(args, list) else sys.argv[1:]
         self._named = [name for name in self.subcommands() if name in words] or list(self.subcommands())
         super().__init__(args=args, **options)
@@ -124,11 +108,6 @@ class OmniQuantCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
         reword(parser)
         return parser
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        if self._runs:
-            super()._run_subcommand(subcommand)
 
     @staticmethod
     @override
@@ -148,8 +127,12 @@ class OmniQuantCLI(LightningCLI):
             raise TypeError("arguments are a list of strings, as on a command line")
         given = sys.argv[1:] if args is None else args
         command = self._parser(self._named[0]) if len(self._named) < len(self.subcommands()) else None
-        _asked.set(Asked(given, Path(sys.argv[0]).name, list(self.subcommands()), command))
-        self.config = parser.parse_args(_with_config_paths(given))
+        asked = Asked(given, Path(sys.argv[0]).name, list(self.subcommands()), command)
+        _asked.set(asked)
+        arguments = _with_config_paths(given)
+        check_sections(asked)
+        self.config = parser.parse_args(arguments)
+        check_nulls(self.config[self.config.subcommand], asked)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -241,6 +224,9 @@ class OmniQuantCLI(LightningCLI):
         return dict(yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False)))
 
 
+_CLI = TypeVar("_CLI", bound=OmniQuantCLI)
+
+
 def _with_config_paths(arguments: list[str]) -> list[str]:
     result: list[str] = []
     for argument in arguments:
@@ -259,18 +245,28 @@ def _config_file(name: str) -> str:
     return path
 
 
-def run(arguments: list[str] | None = None, runs: bool = True) -> OmniQuantCLI:
+def run(arguments: list[str] | None = None) -> OmniQuantCLI:
     """Runs a command line.
 
     Args:
         arguments: What follows the program's name; ``None`` takes the process's own.
-        runs: Whether the command runs; if not, its settings are checked.
     """
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,  # what --help says of the fields of a dataclass
         add_print_completion_argument=True,
     )
-    return OmniQuantCLI(
+    return build(arguments, OmniQuantCLI, Parser)
+
+
+def build(arguments: list[str] | None, cli_class: type[_CLI], parser_class: type[Parser]) -> _CLI:
+    """Parse a command line and make everything that it asks for.
+
+    Args:
+        arguments: What follows the program's name; ``None`` takes the process's own.
+        cli_class: What runs the command, unless it is to wait.
+        parser_class: What happens to mistakes.
+    """
+    return cli_class(
         model_class=OmniQuantModel,
         datamodule_class=CalibrationData,
         trainer_class=CommandTrainer,
@@ -279,26 +275,18 @@ def run(arguments: list[str] | None = None, runs: bool = True) -> OmniQuantCLI:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=2,
         auto_configure_optimizers=False,
-        parser_class=_Parser,
+        parser_class=parser_class,
         parser_kwargs={"allow_abbrev": False, **descriptions(OmniQuantCLI.subcommands())},
         args=arguments,
-        runs=runs,
     )
-
-
-QUIETENED = {
-    "lightning.pytorch": logging.WARNING,
-    "lightning.fabric": logging.WARNING,
-    # It says which process has died before it ends the others.
-    "lightning.fabric.strategies.launchers.subprocess_script": logging.INFO,
-}
-"""Levels of Lightning's loggers."""
 
 
 def quieten() -> None:
     """Drops Lightning's messages that fire once a block or do not apply to calibration."""
-    for name, level in QUIETENED.items():
-        logging.getLogger(name).setLevel(level)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It says which process has died before it ends the others.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         ".*in eval mode at the start of training.*",
         ".*Experiment logs directory.*",
@@ -328,7 +316,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except (ValueError, CalibrationError) as error:
-        refusal = _refusal_in(error)
+        refusal = refusal_in(error)
         if refusal is None:
             raise
         sys.stderr.write(f"error: {refusal}\n")
@@ -346,8 +334,8 @@ def _command_to_go_on() -> str:
     return shlex.join(["python", *arguments, "--ckpt_path=last"])
 
 
-def _refusal_in(error: BaseException | None) -> ConfigurationError | CalibrationError | None:
-    """Finds what a person can mend; jsonargparse wraps it where a setting may also be null."""
+def refusal_in(error: BaseException | None) -> ConfigurationError | CalibrationError | None:
+    """Find what a person can mend in an error; jsonargparse wraps it where a setting may also be null."""
     while error is not None and not isinstance(error, ConfigurationError | CalibrationError):
         error = error.__cause__
     return error

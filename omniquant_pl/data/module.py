@@ -148,6 +148,11 @@ class CalibrationData(LightningDataModule):
         return self._evaluation
 
     @property
+    def length(self) -> int:
+        """Tokens in a window that is cut from text or from a stream; :meth:`bind` comes first."""
+        return self.sequence_length or min(_LONGEST_DEFAULT, self._bound.positions)
+
+    @property
     def _bound(self) -> TextSettings:
         if self._settings is None:
             raise RuntimeError("bind() comes before tokens are asked for")
@@ -163,8 +168,7 @@ class CalibrationData(LightningDataModule):
         return windows
 
     def _spec(self, name: str, role: Role) -> CutSpec:
-        length = self.sequence_length or min(_LONGEST_DEFAULT, self._bound.positions)
-        return CutSpec(name, role, self.samples, length, self._bound.seed)
+        return CutSpec(name, role, self.samples, self.length, self._bound.seed)
 
     def _windows_of_tokens(self, spec: CutSpec) -> Tensor:
         tokens = read_tokens(resolve(spec.name, spec.role), spec.role)

@@ -40,6 +40,11 @@ FILES = {
     "list.yaml": "- model\n- data\n",
     "text.yaml": "hello\n",
     "section.yaml": "model:\n",
+    "braces.yaml": "{}\n",
+    "number.yaml": "model: 3\n",
+    "number-inside.yaml": "model:\n  weights: 4\n",
+    "null.yaml": "data:\n  samples: null\n",
+    "null-section.yaml": "model:\ndata: {samples: 4}\n",
     "no-list.yaml": "data:\n  evaluation: wikitext2\n",
     "callback.yaml": "trainer:\n  callbacks:\n    - class_path: EarlyStoping\n",
     "argument.yaml": (
@@ -147,6 +152,14 @@ MISTAKES = [
     ("fit --config old-run", r"--config: old-run is a folder, .* did you mean the run's old-run/config\.yaml\?"),
     ("fit --config nothing", r"--config: nothing is a folder, and a file is needed; there is no configuration in it"),
     ("fit --config empty.yaml", r"--config: empty\.yaml: the file is empty"),
+    ("fit --config braces.yaml", r"--config: braces\.yaml: the file is empty"),
+    ("fit --config number.yaml", r"--config: number\.yaml, line 1: model: 3 is not accepted for a section; .* path, "),
+    (
+        "fit --config number-inside.yaml",
+        r"--config: number-inside\.yaml, line 2: model\.weights: 4 is not accepted for a section; .* such as bits, ",
+    ),
+    ("fit --config null.yaml", r"--config: null\.yaml, line 2: data\.samples: null is not accepted; leave the key out"),
+    ("fit --config null-section.yaml", r"--config: null-section\.yaml, line 1: model: null is not accepted for a sec"),
     ("fit --config comments.yaml", r"--config: comments\.yaml: the file is empty"),
     ("fit --config list.yaml", r"--config: list\.yaml, line 1, column 1: the file holds a list where keys and values"),
     ("fit --config text.yaml", r"--config: text\.yaml, line 1, column 1: the file holds a text where keys and values"),
@@ -187,7 +200,10 @@ MISTAKES = [
     ("fit ~ --model.weights.bits 16", r"model\.weights\.bits: 16 is not a width from 2 to 8"),
     ("fit ~ --model.activations 4", r"model\.activations: 4 is not accepted; .* null or its settings: --model\.activ"),
     ("fit ~ --model.clipping.lr -1", r"model\.clipping\.lr: -1\.0 is not a number above 0"),
-    ("fit ~ --model.rounding.method up", r"model\.rounding\.method: up is not accepted; expected nearest, learned, gptq"),
+    (
+        "fit ~ --model.rounding.method up",
+        r"model\.rounding\.method: up is not accepted; expected nearest, lear",
+    ),
     (
         "fit ~ --data.evaluation wikitext2",
         r"data\.evaluation: wikitext2 is not a list; write --data\.evaluation '\[wik",

@@ -85,7 +85,7 @@ class TestRefusedBeforeWork:
     def test_a_scheme_that_a_format_cannot_hold(self, format_name: str, message: Callable[..., str]) -> None:
         refusal = message(format_name)
         assert refusal.startswith(f"export.format: {format_name} cannot hold this model exactly: ")
-        assert "formats that can: hf, packed, compressed-tensors" in refusal
+        assert "formats that can: hf, compressed-tensors" in refusal
 
     def test_a_run_that_has_not_finished(self, trainer: SequentialTrainer, message: Callable[..., str]) -> None:
         run: RunFolder = trainer.run_folder

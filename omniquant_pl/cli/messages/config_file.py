@@ -27,7 +27,7 @@ def check_config_file(path: str) -> None:
             twice; it names file, line and column.
     """
     node = read_nodes(path)
-    if node is None or node.tag == _NULL:
+    if node is None or node.tag == _NULL or node.value == []:
         raise _error(path, "the file is empty; it holds settings, such as model: {path: tiny-llama}")
     if not isinstance(node, yaml.MappingNode):
         message = f"the file holds {_KINDS.get(type(node), 'no mapping')} where keys and values belong"
