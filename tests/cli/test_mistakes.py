@@ -217,7 +217,7 @@ MISTAKES = [
     ("fit ~ --data.micro_batch_size 3", r"data\.micro_batch_size: 3 is not between 1 and data\.batch_size, 1"),
     ("fit ~ --model.path nowhere", r"model\.path: there is no folder 'nowhere'; .* or one of: tiny-llama"),
     ("fit ~ --model.path nothing", r"model\.path: nothing has no config\.json"),
-    ("fit ~ --model.path gpt2", r"model\.path: the family 'gpt2' is not supported; known: .*llama"),
+    ("fit ~ --model.path gpt2", r"model\.path: gpt2/config\.json: the family 'gpt2' is not supported; known: .*llama"),
     # the trainer
     (
         "fit ~ --trainer.accelerator gpu",

@@ -172,6 +172,7 @@ class TestRefused:
     def test_tokenizer_that_does_not_open(self, folder: Path, source: Path, tmp_path: Path) -> None:
         broken = Path(shutil.copytree(source, tmp_path / "broken"))
         (broken / "tokenizer.json").write_text("{")
+        Path("other/blocks").mkdir(parents=True)
         arguments = ["generate", *RUN, "--prompt=word1", f"--model.path={broken}", "--trainer.default_root_dir=other"]
         with pytest.raises(ConfigurationError, match=r"model\.path: .* cannot be opened: tokenizer\.json is not JSON"):
             run(arguments)

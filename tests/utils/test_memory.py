@@ -135,6 +135,8 @@ def test_embedding_and_head_are_on_the_device_while_they_are_needed(
 ) -> None:
     """Whatever runs them finds them there, and no block learns beside them unless its loss needs the head."""
     places, learned = ["cpu"], []
+    model = OmniQuantModel(str(llama), objective=ObjectiveSpec(output_loss=loss))
+    model.source.verify()  # opened: it is tried once on the CPU
     on = SourceModel.on
 
     @contextmanager
@@ -154,13 +156,13 @@ def test_embedding_and_head_are_on_the_device_while_they_are_needed(
 
         monkeypatch.setattr(SourceModel, name, found)
 
-    class HeartbeatMonitor(Callback):
+    class Watch(Callback):
         def on_train_start(self, *_: Any) -> None:
             learned.append(places[-1])
 
     fit(
-        OmniQuantModel(str(llama), objective=ObjectiveSpec(output_loss=loss)),
-        [MetricsCallback(), HeartbeatMonitor()],
+        model,
+        [MetricsCallback(), Watch()],
         {"batch_size": 3},
     )
     assert learned == ["cpu", "device" if loss == "kl" else "cpu"]
