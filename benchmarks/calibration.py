@@ -40,7 +40,7 @@ KINDS = {
 
 
 def main() -> None:
-    """Reads the command line and prints a table for each scheme."""
+    """Read the command line and print a table for each scheme."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=["w4a16g128", "w4a4"])
     parser.add_argument("--shape", choices=SHAPES, default="scaled")
@@ -120,7 +120,7 @@ def wait(device: torch.device) -> None:
 
 
 def product_rate(shape: Shape, device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest of the products of a step with the MLP's weight, in operations a second."""
+    """Return the fastest of the products of a step with the MLP's weight, in operations a second."""
     hidden = torch.randn(shape.tokens, shape.hidden, device=device, dtype=dtype)
     weight = torch.randn(shape.intermediate, shape.hidden, device=device, dtype=dtype)
     output = hidden @ weight.t()

@@ -37,7 +37,7 @@ SETTINGS = {
 
 
 def make_inputs(folder: Path) -> None:
-    """Writes a random LLaMA and tokens."""
+    """Write a random LLaMA and tokens."""
     save_random_llama(
         folder / "model",
         hidden_size=64,
@@ -52,7 +52,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def arguments(inputs: Path, folder: Path, settings: list[str]) -> list[str]:
-    """The command line of one calibration."""
+    """Return the command line of one calibration."""
     return [
         "fit",
         *settings,
@@ -90,7 +90,7 @@ def start(command: list[str], log: Path) -> int:
 
 
 def finish(child: int, log: Path) -> None:
-    """Waits for a process to end well."""
+    """Wait for a process to end well."""
     _, status = os.waitpid(child, 0)
     if status:
         raise RuntimeError(f"a calibration failed with status {status}:\n{log.read_text()[-3000:]}")
@@ -129,7 +129,7 @@ def trial(command: list[str], folder: Path, seconds: list[float]) -> int:
 
 
 def main() -> int:
-    """Runs the trials and says how many gave the same files."""
+    """Run the trials and say how many gave the same files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="calibrations that are killed")
     parser.add_argument("--chain", type=int, default=1, help="kills of each")

@@ -47,7 +47,7 @@ class TimedTrainer(SequentialTrainer):
 
 
 def measure(model: Path, tokens: Path, folder: Path, rounding: Rounding) -> TimedTrainer:
-    """Lets one block learn, with a checkpoint after every step but the last of an epoch."""
+    """Let one block learn, with a checkpoint after every step but the last of an epoch."""
     trainer = TimedTrainer(
         max_epochs=1,
         default_root_dir=folder,
@@ -64,7 +64,7 @@ def measure(model: Path, tokens: Path, folder: Path, rounding: Rounding) -> Time
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where files go; a temporary folder by default")
     options = parser.parse_args()

@@ -36,7 +36,7 @@ MODELS = ("llama-outliers", "llama", "opt-outliers")
 
 
 def fit(folder: Path, config: str, settings: Mapping[str, Any]) -> float:
-    """Runs a calibration and returns its seconds; 0 if it has been run before."""
+    """Run a calibration and return its seconds; 0 if it has been run before."""
     if (folder / "model").is_dir():
         return 0.0
     flags = [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in settings.items()]
@@ -51,7 +51,7 @@ def fit(folder: Path, config: str, settings: Mapping[str, Any]) -> float:
 
 
 def metrics(folder: Path) -> dict[str, Any]:
-    """What a run has measured."""
+    """Return what a run has measured."""
     return dict(json.loads((folder / "metrics.json").read_text()))
 
 
@@ -62,7 +62,7 @@ def segments(count: int, stitch_epochs: int = 0, stitch_blocks: int | None = 1) 
 
 
 def quality(arguments: argparse.Namespace) -> None:
-    """Prints perplexities, how far they are from those of a calibration in order, and the time of one process."""
+    """Print perplexities, how far they are from those of a calibration in order, and the time of one process."""
     ways: dict[str, dict[str, Any]] = {"in order": {}}
     for count in (2, 4):
         ways[f"{count} segments"] = segments(count)
@@ -97,7 +97,7 @@ def quality(arguments: argparse.Namespace) -> None:
 
 
 def make_model(folder: Path, blocks: int, hidden: int) -> None:
-    """Writes a random model of equal blocks."""
+    """Write a random model of equal blocks."""
     save_random_llama(
         folder,
         vocab_size=512,
@@ -110,7 +110,7 @@ def make_model(folder: Path, blocks: int, hidden: int) -> None:
 
 
 def random_data(arguments: argparse.Namespace, samples: int, tokens: int, windows: int) -> dict[str, Any]:
-    """Writes random tokens and returns the settings that read them."""
+    """Write random tokens and return the settings that read them."""
     arguments.runs.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for name, count in (("calibration", samples), ("evaluation", windows)):
@@ -123,7 +123,7 @@ def random_data(arguments: argparse.Namespace, samples: int, tokens: int, window
 
 
 def equal(arguments: argparse.Namespace) -> None:
-    """Prints the largest relative difference of the factors of each block, and the metrics of both."""
+    """Print the largest relative difference of the factors of each block, and the metrics of both."""
     common: dict[str, Any] = {"data.batch_size": 4, "data.samples": 32, "trainer.max_epochs": arguments.epochs}
     columns = ("difference of the factors, by block", "codes that differ", "perplexity, 1 process", "2", "s, 1", "2")
     print("| scheme | at once | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
@@ -140,7 +140,7 @@ def equal(arguments: argparse.Namespace) -> None:
 
 
 def differences(*folders: Path) -> str:
-    """The largest of each block: over its factors, the norm of the difference over the norm."""
+    """Return the largest of each block: over its factors, the norm of the difference over the norm."""
     found = []
     for path in sorted((folders[0] / "blocks").iterdir()):
         one, two = load_file(path), load_file(folders[1] / "blocks" / path.name)
@@ -150,7 +150,7 @@ def differences(*folders: Path) -> str:
 
 
 def moved(*folders: Path) -> str:
-    """How many weights of each block have another code."""
+    """Return how many weights of each block have another code."""
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in folders)
     counts: dict[int, int] = {}
     for name, weight in one.items():
@@ -164,7 +164,7 @@ def moved(*folders: Path) -> str:
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    """Prints seconds of the calibration with one segment and with two, and the ratio of those next to each other."""
+    """Print seconds of the calibration with one segment and with two, and the ratio of those next to each other."""
     model = arguments.runs / "speed-model"
     make_model(model, arguments.blocks, arguments.hidden)
     common = {"model.path": str(model), "trainer.max_epochs": arguments.epochs, "export.format": "null"}
@@ -185,7 +185,7 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("quality", "equal", "speed"))
     parser.add_argument("--reference", type=Path)

@@ -83,7 +83,7 @@ class Problem:
     def ours(
         self, name: str, context: Callable[[], AbstractContextManager[Any]] = nullcontext, compiles: bool = False
     ) -> Step:
-        """The package's step, in a loop without Lightning."""
+        """Return the package's step, in a loop without Lightning."""
         block = self.model.block(0, self.tensors, self.call, self.inputs, device=self.hidden.device)
         rates = replace(self.model.rates, learning=replace(self.model.learning, compile=compiles))
         module = BlockModule([block], rates).to(self.hidden.device)
@@ -102,7 +102,7 @@ class Problem:
         return Step(name, run)
 
     def formula(self) -> Step:
-        """The plain eager loop."""
+        """Return the plain eager loop."""
         block = self.model.block(0, self.tensors, self.call, self.inputs, device=self.hidden.device)
         scheme, theta = self.scheme, self.model.source.config.rope_parameters["rope_theta"]
         widths = (scheme.bits, scheme.group_size, scheme.activation_bits)
@@ -143,7 +143,7 @@ class Problem:
 def make_problem(
     scheme: Scheme, shape: Shape, device: torch.device, model: str | None = None, samples: int = 1
 ) -> Problem:
-    """Makes a block, random unless a checkpoint is given, and a random batch for it."""
+    """Make a block, random unless a checkpoint is given, and a random batch for it."""
     with tempfile.TemporaryDirectory() as folder:
         opened = _open(model or _random_model(Path(folder), shape), scheme)
         source = opened.source

@@ -77,11 +77,11 @@ class FormulaBlock(nn.Module):
         self.mask = torch.full((shape.tokens, shape.tokens), -math.inf, device=device).triu(1)
 
     def factor(self, name: str) -> Tensor:
-        """A factor by its name in files."""
+        """Return a factor by its name in files."""
         return self.get_parameter(self.names[name])
 
     def transformed(self) -> dict[str, Tensor]:
-        """The weights with the equivalent transformation applied."""
+        """Return the weights with the equivalent transformation applied."""
         tensors = dict(self.originals)
         if "input_layernorm.scale" not in self.names:
             return tensors
@@ -105,7 +105,7 @@ class FormulaBlock(nn.Module):
         return scale.view(self.shape.kv_heads, -1).repeat_interleave(repeats, 0).flatten()
 
     def weight(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-        """A fake-quantized weight."""
+        """Return a fake-quantized weight."""
         weight = tensors[f"{name}.weight"]
         rows = weight.reshape(-1, self.group_size or weight.shape[1])
         high = torch.sigmoid(self.factor(f"{name}.clip.upper")).view(-1, 1) * rows.amax(1, keepdim=True)
@@ -121,7 +121,7 @@ class FormulaBlock(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Runs the block on ``[batch, tokens, channels]``."""
+        """Run the block on ``[batch, tokens, channels]``."""
         tensors = self.transformed()
 
         def linear(name: str, values: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class FormulaBlock(nn.Module):
 
 
 def _fake_quantize(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Rounds to the grid of a range, which is made to contain zero; rounding passes its gradient."""
+    """Round to the grid of a range, which is made to contain zero; rounding passes its gradient."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=2**-14)
     zero = _round(-low / scale).clamp(0, 2**bits - 1)

@@ -100,7 +100,7 @@ class CudaClock:
 
 
 def measure(contenders: list[Method], device: str, repetitions: int) -> list[Timing]:
-    """Returns each contender's timing over rounds in which all of them run in turn."""
+    """Return each contender's timing over rounds in which all of them run in turn."""
     clock = CudaClock(contenders) if device == "cuda" else HostClock(contenders)
     clock.round(0)
     rounds = [clock.round(index) for index in range(repetitions)]
@@ -125,7 +125,7 @@ def rate(size: int, timing: Timing) -> str:
 
 
 def bandwidth(device: str, repetitions: int) -> float:
-    """Prints what simple passes over memory reach; returns the best, in bytes a second."""
+    """Print what simple passes over memory reach; returns the best, in bytes a second."""
     source = torch.ones(BEYOND_CACHES // 4, device=device)
     target = torch.empty_like(source)
     size = BEYOND_CACHES
@@ -142,7 +142,7 @@ def bandwidth(device: str, repetitions: int) -> float:
 
 
 def packing(device: str, repetitions: int) -> None:
-    """Prints gigabytes of codes a second."""
+    """Print gigabytes of codes a second."""
     rows = []
     for layout in ops.LAYOUTS:
         for bits in range(1, 9):
@@ -161,7 +161,7 @@ def packing_rates(codes: Tensor, bits: int, layout: str, device: str, repetition
 
 
 def plain(x: Tensor, shape: tuple[int, int]) -> Method:
-    """Returns torch's product with the weight in the dtype of `x`."""
+    """Return torch's product with the weight in the dtype of `x`."""
     size = shape[0] * shape[1] * x.element_size()
     first = torch.randn(shape, device=x.device).to(x.dtype)
     weights = [first, *(first.clone() for _ in range(copies_of(size) - 1))]
@@ -190,7 +190,7 @@ class PackedWeights:
 
 
 def product_rows(shape: tuple[int, int], n: int, device: str, repetitions: int, peak: float) -> list[list[str]]:
-    """Returns the table's rows for one shape and batch."""
+    """Return the table's rows for one shape and batch."""
     wide = torch.randn(n, shape[1], device=device)
     inputs = (wide, wide.bfloat16())
     names, contenders = ["F.linear"], [plain(x, shape) for x in inputs]
@@ -213,7 +213,7 @@ def product_rows(shape: tuple[int, int], n: int, device: str, repetitions: int, 
 
 
 def products(device: str, repetitions: int, peak: float) -> None:
-    """Prints milliseconds, gigabytes of weight a second, the share of the bandwidth and the gain over torch."""
+    """Print milliseconds, gigabytes of weight a second, the share of the bandwidth and the gain over torch."""
     rows = []
     for shape in CUDA_SHAPES if device == "cuda" else SHAPES:
         for n in BATCHES:
@@ -224,7 +224,7 @@ def products(device: str, repetitions: int, peak: float) -> None:
 
 
 def processor() -> str:
-    """The processor's name and its widest vectors, as Linux tells them."""
+    """Return the processor's name and its widest vectors, as Linux tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -239,7 +239,7 @@ def load() -> str:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -34,7 +34,7 @@ SAMPLES, TOKENS, VOCABULARY = 4, 64, 512
 
 
 def make_model(folder: Path, blocks: int, shard_bytes: int) -> None:
-    """Writes a random model tensor by tensor."""
+    """Write a random model tensor by tensor."""
     config = LlamaConfig(
         hidden_size=1024,
         num_hidden_layers=blocks,
@@ -62,7 +62,7 @@ def make_model(folder: Path, blocks: int, shard_bytes: int) -> None:
 
 
 def command(model: Path, tokens: Path, folder: Path, budget: float) -> list[str]:
-    """The command line that calibrates and exports."""
+    """Return the command line that calibrates and exports."""
     return [
         sys.executable,
         str(ROOT / "train.py"),
@@ -85,7 +85,7 @@ def command(model: Path, tokens: Path, folder: Path, budget: float) -> list[str]
 
 
 def peaks_of(arguments: list[str]) -> tuple[int, int]:
-    """Runs a program; returns the most bytes it had in memory, with the files mapped there and without them."""
+    """Run a program; returns the most bytes it had in memory, with the files mapped there and without them."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     status = Path(f"/proc/{process.pid}/status")
     anonymous, ended = 0, 0
@@ -100,7 +100,7 @@ def peaks_of(arguments: list[str]) -> tuple[int, int]:
 
 
 def measure(blocks: int, root: Path, budget: float, shard_bytes: int) -> dict[str, float]:
-    """Returns sizes in megabytes, and seconds."""
+    """Return sizes in megabytes, and seconds."""
     model, tokens, folder = root / "model", root / "tokens.npy", root / "run"
     make_model(model, blocks, shard_bytes)
     np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, (SAMPLES, TOKENS)))
@@ -116,7 +116,7 @@ def measure(blocks: int, root: Path, budget: float, shard_bytes: int) -> dict[st
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--budget", type=float, default=0.0, help="gigabytes of host memory for the streams")

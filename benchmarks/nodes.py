@@ -49,7 +49,7 @@ def network() -> Iterator[None]:
 
 
 def fit(model: Path, data: dict[str, object], folder: Path, *flags: str) -> list[str]:
-    """The command line of a calibration; its options are those of every node."""
+    """Return the command line of a calibration; its options are those of every node."""
     return [
         str(ROOT / "train.py"),
         "fit",
@@ -68,13 +68,13 @@ def fit(model: Path, data: dict[str, object], folder: Path, *flags: str) -> list
 
 
 def by_torchrun(number: int, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """What a person starts on a node."""
+    """Return what a person starts on a node."""
     flags = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}", "--master-addr=10.99.0.1"]
     return [sys.executable, "-m", "torch.distributed.run", *flags, f"--master-port={PORT}", *command], {}
 
 
 def by_slurm(number: int, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """What srun starts on a node."""
+    """Return what srun starts on a node."""
     variables = {
         "SLURM_JOB_ID": "1",
         "SLURM_JOB_NAME": "omniquant",
@@ -91,7 +91,7 @@ def by_slurm(number: int, command: Sequence[str]) -> tuple[list[str], dict[str, 
 
 
 def start(launch: object, number: int, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Starts one node."""
+    """Start one node."""
     assert callable(launch)
     arguments, variables = launch(number, command)
     environment = os.environ | variables | {"GLOO_SOCKET_IFNAME": "port"}
@@ -105,7 +105,7 @@ def start(launch: object, number: int, command: Sequence[str], log: Path) -> sub
 
 
 def both(launch: object, command: Sequence[str], runs: Path) -> None:
-    """Runs both nodes to their end."""
+    """Run both nodes to their end."""
     nodes = [start(launch, number, command, runs / f"node{number}.log") for number in range(2)]
     codes = [node.wait() for node in nodes]
     if any(codes):
@@ -113,7 +113,7 @@ def both(launch: object, command: Sequence[str], runs: Path) -> None:
 
 
 def is_equal(one: Path, other: Path) -> bool:
-    """Whether two runs have left the same factors, byte for byte."""
+    """Return whether two runs have left the same factors, byte for byte."""
     names = sorted(path.name for path in (one / "blocks").iterdir())
     return all((one / "blocks" / name).read_bytes() == (other / "blocks" / name).read_bytes() for name in names)
 
@@ -135,7 +135,7 @@ def kill(launch: object, victim: int, command: Sequence[str], folder: Path, runs
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/nodes"))
     arguments = parser.parse_args()

@@ -63,7 +63,7 @@ class Row:
 
 
 def weight_only_rows(reference: Path) -> list[Row]:
-    """Returns the weight-only rows of the reference folder, in its order, without repetition."""
+    """Return the weight-only rows of the reference folder, in its order, without repetition."""
     content = json.loads((reference / "results.json").read_text())
     rows = {}
     for name in (entry["name"] for entry in content["original"] + content["peers"]):
@@ -75,7 +75,7 @@ def weight_only_rows(reference: Path) -> list[Row]:
 
 
 def install(name: str, folder: Path) -> Path:
-    """Makes the environment of a tool unless it is there.
+    """Make the environment of a tool unless it is there.
 
     torch goes first and is pinned in every call, so that no tool chooses another build of it.
 
@@ -109,7 +109,7 @@ def install(name: str, folder: Path) -> Path:
 
 
 def quantize(python: Path, peer: Backend, row: Row, reference: Path, folder: Path) -> None:
-    """Lets a tool quantize a row; its output goes to ``log.txt`` in the folder, the model to ``model``.
+    """Let a tool quantize a row; its output goes to ``log.txt`` in the folder, the model to ``model``.
 
     Raises:
         subprocess.SubprocessError: The worker failed or took too long.
@@ -131,7 +131,7 @@ def quantize(python: Path, peer: Backend, row: Row, reference: Path, folder: Pat
 
 
 def reason(error: subprocess.SubprocessError, log: Path) -> str:
-    """Returns pip's first error or the last line that a failed process wrote, or that it took too long."""
+    """Return pip's first error or the last line that a failed process wrote, or that it took too long."""
     if isinstance(error, subprocess.TimeoutExpired):
         return f"stopped after {error.timeout:.0f} s"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -145,16 +145,16 @@ class Results:
         self._path = path
 
     def entries(self) -> list[dict[str, Any]]:
-        """Returns what the file holds."""
+        """Return what the file holds."""
         return json.loads(self._path.read_text()) if self._path.is_file() else []
 
     def done(self, row: str, peer: str, version: str) -> bool:
-        """Says whether this version of the tool has a perplexity for the row."""
+        """Say whether this version of the tool has a perplexity for the row."""
         key = (row, peer, version)
         return any("perplexity" in entry and self._key(entry) == key for entry in self.entries())
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Puts an entry in the place of the one with the same row and tool."""
+        """Put an entry in the place of the one with the same row and tool."""
         entries = [old for old in self.entries() if self._key(old)[:2] != self._key(entry)[:2]] + [entry]
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(entries, indent=1) + "\n")
@@ -166,7 +166,7 @@ class Results:
 
 
 def measure(name: str, rows: list[Row], reference: Path, runs: Path, results: Results) -> None:
-    """Runs one tool on the rows that it has no result for."""
+    """Run one tool on the rows that it has no result for."""
     version = ENVIRONMENTS[name].version
     peers = [peer for peer in BACKENDS if peer.package == name]
     missing = [(row, peer) for row in rows for peer in peers if not results.done(row.name, peer.name, version)]
@@ -197,7 +197,7 @@ def measure(name: str, rows: list[Row], reference: Path, runs: Path, results: Re
 
 
 def main() -> None:
-    """Runs what is missing and prints the results as a table."""
+    """Run what is missing and print the results as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="folder with results.json, models/ and tokens")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality" / "peers")

@@ -49,7 +49,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def settings_of(method: str, row: Row) -> Settings | None:
-    """What ``compare`` sets for a method, ``None`` if it cannot do the row."""
+    """Return what ``compare`` sets for a method, ``None`` if it cannot do the row."""
     weight_bits, activation_bits = row["bits"]
     activations = None if activation_bits == 16 else ActivationSpec(activation_bits)
     scheme = Scheme(WeightSpec(weight_bits, row["group_size"]), activations)
@@ -60,7 +60,7 @@ def settings_of(method: str, row: Row) -> Settings | None:
 
 
 def paper(row: Row) -> Settings:
-    """The published settings, and for how long the original ran with them."""
+    """Return the published settings, and for how long the original ran with them."""
     settings = settings_of("paper", row)
     assert settings is not None
     return settings | {"trainer.max_epochs": row["epochs"]}
@@ -106,12 +106,12 @@ WITHOUT: dict[str, Settings] = {
 
 
 def scheme_of(row: Row) -> str:
-    """Name of the row's scheme, for example ``w2a16g64``."""
+    """Return the name of the row's scheme, for example ``w2a16g64``."""
     return str(row["name"]).removeprefix(f"{row['model']}-")
 
 
 def rows_of(reference: Path) -> list[Row]:
-    """The original's rows, and those that only other tools have been run on."""
+    """Return the original's rows, and those that only other tools have been run on."""
     content = json.loads((reference / "results.json").read_text())
     rows: list[Row] = content["original"]
     known = {row["name"] for row in rows}
@@ -123,7 +123,7 @@ def rows_of(reference: Path) -> list[Row]:
 
 
 def command(row: Row, settings: Settings, reference: Path, folder: Path, config: Path | None) -> list[str]:
-    """Returns the command line of a run."""
+    """Return the command line of a run."""
     weight_bits, activation_bits = row["bits"]
     common = {
         "model.path": reference / "models" / row["model"],
@@ -148,7 +148,7 @@ def _text(value: Any) -> str:
 
 
 def stream_of(reference: Path, runs: Path) -> Path:
-    """Writes the calibration tokens as one stream, from which windows are drawn by seed."""
+    """Write the calibration tokens as one stream, from which windows are drawn by seed."""
     path = runs / "stream.npy"
     if not path.is_file():
         runs.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def stream_of(reference: Path, runs: Path) -> Path:
 
 
 def measure(row: Row, settings: Settings, reference: Path, folder: Path, config: Path | None = None) -> None:
-    """Runs a method on a row, unless that has been done."""
+    """Run a method on a row, unless that has been done."""
     if result(folder) is None:
         print(folder, flush=True)
         subprocess.run(command(row, settings, reference, folder, config), check=True, stdout=subprocess.DEVNULL)
@@ -176,7 +176,7 @@ def result(folder: Path) -> dict[str, float] | None:
 
 
 def keep(runs: Path) -> tuple[Results, list[Row]]:
-    """Adds what has been run to what is kept, and returns all results and those of other tools."""
+    """Add what has been run to what is kept, and return all results and those of other tools."""
     kept = json.loads(KEPT.read_text())
     folders = {path.parent.relative_to(runs).as_posix(): path.parent for path in runs.rglob("metrics.json")}
     new = {name: found for name, folder in folders.items() if (found := result(folder)) is not None}
@@ -200,7 +200,7 @@ def peers_of(reference: Path, own: list[Row]) -> dict[tuple[str, str], float]:
 
 
 def _tool(peer: str) -> str:
-    """The tool without its version, which differs between files."""
+    """Return the tool without its version, which differs between files."""
     words = peer.partition(",")[0].split()
     return " ".join(word for word in words if not word[0].isdigit())
 
@@ -272,7 +272,7 @@ def _ablation_run(row: Row, name: str) -> str:
 
 
 def page(rows: list[Row], peers: dict[tuple[str, str], float], results: Results) -> str:
-    """The text of ``quality.md``."""
+    """Return the text of ``quality.md``."""
     tables = [ablation_table(row, results) for row in rows if row["name"] in ABLATED]
     windows = windows_table(rows, results)
     parts = [
@@ -296,7 +296,7 @@ def _shown(value: float | None) -> str:
 
 
 def main() -> None:
-    """Runs what is missing and writes the page."""
+    """Run what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="folder with results.json, models/ and tokens")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")

@@ -12,7 +12,7 @@ __all__ = ["save_random_llama"]
 
 
 def save_random_llama(folder: Path, **sizes: Any) -> Path:
-    """Writes a model folder unless it is there, and returns it.
+    """Write a model folder unless it is there, and return it.
 
     Args:
         folder: Where.

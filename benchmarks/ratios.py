@@ -20,7 +20,7 @@ TOLERANCE = 0.15
 
 
 def store_ratios(ratios: Mapping[str, float], device: torch.device, folder: str | None) -> None:
-    """Adds ratios, higher is better, to those that are stored of this kind of device; a folder is not named."""
+    """Add ratios, higher is better, to those that are stored of this kind of device; a folder is not named."""
     stored, machine = _read(), _machine(device)
     command = shlex.join(["python", *("FOLDER" if each == folder else each for each in sys.argv)])
     origin = {"date": date.today().isoformat(), "command": command, "torch": torch.__version__}
@@ -30,7 +30,7 @@ def store_ratios(ratios: Mapping[str, float], device: torch.device, folder: str 
 
 
 def compare_ratios(ratios: Mapping[str, float], device: torch.device) -> None:
-    """Warns of every ratio that has dropped by more than 15 % of the stored one; other devices say nothing."""
+    """Warn of every ratio that has dropped by more than 15 % of the stored one; other devices say nothing."""
     machine = _machine(device)
     stored = _read().get(machine, {})
     for name, ratio in ratios.items():
@@ -43,7 +43,7 @@ def compare_ratios(ratios: Mapping[str, float], device: torch.device) -> None:
 
 
 def _machine(device: torch.device) -> str:
-    """The kind of device: the GPU's name, or the processor's kind and its vectors."""
+    """Return the kind of device: the GPU's name, or the processor's kind and its vectors."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -52,7 +52,7 @@ def seconds(threads: int, code: str, *arguments: str) -> float:
 
 
 def main() -> None:
-    """Measures in turn and prints medians."""
+    """Measure in turn and prints medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -28,7 +28,7 @@ EPOCHS = 10
 
 
 def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns what learns the first block, and its input and target for random tokens."""
+    """Return what learns the first block, and its input and target for random tokens."""
     source = model.source
     length = source.positions
     tokens = torch.randint(0, source.config.vocab_size, (SAMPLES, length), generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def make_block(model: OmniQuantModel) -> tuple[BlockModule, tuple[torch.Tensor, 
 
 
 def bare(module: BlockModule, batches: HiddenStateBatches) -> float:
-    """Returns seconds per step of a plain loop."""
+    """Return seconds per step of a plain loop."""
     optimizer = module.configure_optimizers()
     module.on_fit_start()
     started = time.perf_counter()
@@ -55,7 +55,7 @@ def bare(module: BlockModule, batches: HiddenStateBatches) -> float:
 
 
 def under_lightning(module: BlockModule, batches: HiddenStateBatches, folder: str) -> float:
-    """Returns seconds per step of some epochs as a calibration runs them, the fixed cost per block included."""
+    """Return seconds per step of some epochs as a calibration runs them, the fixed cost per block included."""
     trainer = SequentialTrainer(
         max_epochs=EPOCHS,
         default_root_dir=folder,
@@ -74,7 +74,7 @@ def under_lightning(module: BlockModule, batches: HiddenStateBatches, folder: st
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--model", default="tiny-llama")

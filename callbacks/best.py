@@ -33,12 +33,12 @@ class KeepBestState(CalibrationCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the checkpoint of a block keeps."""
+        """Return what the checkpoint of a block keeps."""
         return {"least": self._least, "best": self._best}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`."""
         self._least, self._best, self._is_resumed = state_dict["least"], state_dict["best"], True
 
     @override

@@ -107,7 +107,7 @@ class CheckpointCallback(CalibrationCallback):
 
 
 def _random_state() -> dict[str, Any]:
-    """The generators' states, as what a checkpoint may hold: tensors, numbers, texts."""
+    """Return the generators' states, as what a checkpoint may hold: tensors, numbers, texts."""
     version, numbers, gauss = random.getstate()
     return {
         "python": [version, list(numbers), gauss],

@@ -19,7 +19,7 @@ class SaveConfig(SaveConfigCallback, CalibrationCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Does nothing: Lightning calls this once a block."""
+        """Do nothing: Lightning calls this once a block."""
 
     @override
     def on_calibration_start(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:

@@ -25,7 +25,7 @@ class LogFile:
         self._level = _log.level
 
     def open(self) -> None:
-        """Begins to write.
+        """Begin to write.
 
         Raises:
             ConfigurationError: If the file cannot be written.
@@ -46,12 +46,12 @@ class LogFile:
         _log.setLevel(logging.INFO)
 
     def write(self, line: str) -> None:
-        """Writes a line, if it is open."""
+        """Write a line, if it is open."""
         if self._handlers:
             _log.info(line)
 
     def close(self) -> None:
-        """Ends writing."""
+        """End writing."""
         if self._handlers:
             _log.setLevel(self._level)
         for handler in self._handlers:

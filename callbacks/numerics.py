@@ -48,7 +48,7 @@ class NumericsGuard(CalibrationCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the checkpoint of a block keeps."""
+        """Return what the checkpoint of a block keeps."""
         return {
             "failures": self._failures,
             "good": list(self._good),
@@ -59,7 +59,7 @@ class NumericsGuard(CalibrationCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`."""
         self._resumed = state_dict
 
     @override

@@ -19,7 +19,15 @@ from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
 from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback, CalibrationTrainer, calibration_trainer
 from omniquant_pl.callbacks.log_file import LogFile
-from omniquant_pl.callbacks.progress_lines import block_line, divergence, duration, finish_lines, small, variant_name
+from omniquant_pl.callbacks.progress_lines import (
+    block_line,
+    divergence,
+    duration,
+    encodable,
+    finish_lines,
+    small,
+    variant_name,
+)
 from omniquant_pl.callbacks.segments import RemoteSegments
 from omniquant_pl.callbacks.time_left import TimeLeft, last_block_cost
 from omniquant_pl.evaluate import VARIANTS
@@ -64,7 +72,7 @@ class ProgressCallback(CalibrationCallback):
         self._others: RemoteSegments | None = None
 
     def _say(self, line: str) -> None:
-        text = Text(line)  # which is no markup: paths may have brackets
+        text = Text(encodable(line, self.console.encoding))  # which is no markup: paths may have brackets
         text.highlight_regex(r"^[^:]+:", "bold")
         self.console.print(text)
         if self._log_file is not None:
@@ -181,7 +189,7 @@ class ProgressCallback(CalibrationCallback):
         return len(self._model.source)
 
     def _objective(self, index: int) -> str | None:
-        """What the last block learns from, where that is the model's predictions."""
+        """Return what the last block learns from, where that is the model's predictions."""
         assert self._model is not None
         learns_predictions = self._model.objective.output_loss == "kl" and index == self._blocks_of_model - 1
         return divergence(self._losses) if learns_predictions else None

@@ -12,7 +12,7 @@ from typing import Any
 from omniquant_pl.evaluate import VARIANTS
 from omniquant_pl.utils.formatting import format_bytes, number
 
-__all__ = ["block_line", "divergence", "duration", "finish_lines", "small", "variant_name"]
+__all__ = ["block_line", "divergence", "duration", "encodable", "finish_lines", "small", "variant_name"]
 
 _SEPARATOR = " · "
 _NAMES = {"full_precision": "full precision", "round_to_nearest": "round to nearest", "quantized": "calibrated"}
@@ -38,6 +38,16 @@ def duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def encodable(line: str, encoding: str) -> str:
+    """Return a line as a terminal that does not know every character can show it."""
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        plain = line.replace("·", "-").replace("→", "->")
+        return plain.encode(encoding, "replace").decode(encoding)
+    return line
 
 
 def divergence(losses: list[float]) -> str | None:

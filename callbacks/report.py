@@ -90,7 +90,7 @@ class ReportCallback(CalibrationCallback):
 
 @contextmanager
 def _at_no_cost(what: str) -> Iterator[None]:
-    """Warns of what could not be written: a picture must not cost a calibration."""
+    """Warn of what could not be written: a picture must not cost a calibration."""
     try:
         yield
     except Exception as error:  # noqa: BLE001

@@ -30,14 +30,14 @@ class RemoteSegments:
         self._own: set[int] = set()
 
     def start(self, own: int) -> None:
-        """Begins, and leaves out a segment that this process calibrates itself."""
+        """Begin, and leaves out a segment that this process calibrates itself."""
         self._own.add(own)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="omniquant-segments", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends, and reports what is left."""
+        """End, and report what is left."""
         if self._thread is not None:
             self._stopping.set()
             self._thread.join()

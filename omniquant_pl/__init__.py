@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is heavy when it is asked for."""
+    """Import what is heavy when it is asked for."""
     if name == "quantize":
         from omniquant_pl.api import quantize
 

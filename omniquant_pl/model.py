@@ -123,14 +123,14 @@ class OmniQuantModel(LightningModule):
         return self.activation_dtype_for(self.source.describe(weight).dtype == "BF16")
 
     def activation_dtype_for(self, is_bfloat16: bool) -> torch.dtype:
-        """The same, for a checkpoint of which no more is known than whether it is stored in bfloat16."""
+        """Return the same, for a checkpoint of which no more is known than whether it is stored in bfloat16."""
         if self._activation_dtype is not None:
             dtype: torch.dtype = getattr(torch, self._activation_dtype)
             return dtype
         return torch.bfloat16 if is_bfloat16 else torch.float32
 
     def unrotated(self) -> SourceModel:
-        """Returns the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""
+        """Return the checkpoint as it is stored, opened once more if :attr:`source` is a rotated one."""
         if self.rotation is None:
             return self.source
         return SourceModel(locate_model(self.path, self.trust_remote_code), self.trust_remote_code)
@@ -146,7 +146,7 @@ class OmniQuantModel(LightningModule):
         return Initializer(self.source, self._start_from, self.clipping, self.transform, self.scheme.activations)
 
     def verify(self) -> None:
-        """Opens and reads everything once.
+        """Open and read everything once.
 
         Raises:
             ConfigurationError: If the model or the factors to start from cannot be used.
@@ -182,7 +182,7 @@ class OmniQuantModel(LightningModule):
         samples: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
     ) -> QuantizedBlock:
-        """Returns a block ready to learn.
+        """Return a block ready to learn.
 
         Args:
             index: Position of the block.
@@ -199,7 +199,7 @@ class OmniQuantModel(LightningModule):
         return block
 
     def round_to_nearest(self, index: int, tensors: Mapping[str, Tensor], call: BlockCall) -> QuantizedBlock:
-        """Returns a block folded without clipping and without transformation: the true baseline.
+        """Return a block folded without clipping and without transformation: the true baseline.
 
         It is that of the tensors: of a rotated block if they are :attr:`source`'s and it is rotated, which errors of
         single blocks are compared with, and of the block as it is stored if they are those of :meth:`unrotated`.
@@ -215,7 +215,7 @@ class OmniQuantModel(LightningModule):
         call: BlockCall,
         factors: Mapping[str, Tensor],
     ) -> QuantizedBlock:
-        """Returns a block folded with learned factors."""
+        """Return a block folded with learned factors."""
         block = self._block(index, tensors, call, self._factors(index, tensors, learned=True))
         block.factors.load(factors, f"block {index} of the run folder")
         block.fold()

@@ -66,7 +66,7 @@ class WeightSpec:
         return 2.0**-14 if self.scale_dtype == "float16" else 2.0**-60  # squares of it divide gradients in float32
 
     def of_linear(self, name: str) -> WeightSpec:
-        """Returns what holds for the linear with this dotted name."""
+        """Return what holds for the linear with this dotted name."""
         return replace(self, bits=self.bits_of.get(name.rpartition(".")[2], self.bits), bits_of={})
 
     def __post_init__(self) -> None:
@@ -203,7 +203,7 @@ class ScheduleSpec:
         return self.warmup == 0 and self.decay == "none"
 
     def factor(self, step: int, steps: int) -> float:
-        """Returns what the rates are multiplied with in a step, counted from 0, of that many."""
+        """Return what the rates are multiplied with in a step, counted from 0, of that many."""
         warmup = self.warmup * steps
         if step < warmup:
             return (step + 1) / (math.floor(warmup) + 1)

@@ -33,13 +33,13 @@ _FLAGS = [
 
 
 def tmux(*arguments: str) -> str:
-    """Runs a command of a tmux server of its own."""
+    """Run a command of a tmux server of its own."""
     command = ["tmux", "-L", "screenshots", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def calibrate(folder: Path, arguments: list[str]) -> str:
-    """Calibrates in a terminal, and returns what it shows, colours included, while the third block learns."""
+    """Calibrate in a terminal, and return what it shows, colours included, while the third block learns."""
     command = f"{shlex.join([sys.executable, str(_TRAIN), *arguments])}; touch finished"
     size = ["-x", str(_COLUMNS), "-y", str(_ROWS)]
     tmux("new-session", "-d", *size, "-c", str(folder), f"{command}; sleep 5")
@@ -53,7 +53,7 @@ def calibrate(folder: Path, arguments: list[str]) -> str:
 
 
 def photograph(page: Path, output: Path, width: int, height: int, dark: bool = False) -> None:
-    """Takes a picture of a page, in as few colours as it needs."""
+    """Take a picture of a page, in as few colours as it needs."""
     with tempfile.TemporaryDirectory() as profile:
         scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
         options = [f"--user-data-dir={profile}", f"--window-size={width},{height}", scheme, f"--screenshot={output}"]
@@ -63,7 +63,7 @@ def photograph(page: Path, output: Path, width: int, height: int, dark: bool = F
 
 
 def draw_terminal(screen: str, output: Path) -> None:
-    """Draws what a terminal has shown."""
+    """Draw what a terminal has shown."""
     console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(screen))
     svg = console.export_svg(title="")
@@ -78,7 +78,7 @@ def draw_terminal(screen: str, output: Path) -> None:
 
 
 def frame_as_telephone(report: Path, page: Path) -> None:
-    """Writes a page that shows another as wide as a telephone: browsers have no window that narrow."""
+    """Write a page that shows another as wide as a telephone: browsers have no window that narrow."""
     page.write_text(
         f'<body style="margin:0"><iframe src="file://{report}" width="390" height="1100" '
         'style="border:0;display:block"></iframe>',
@@ -87,7 +87,7 @@ def frame_as_telephone(report: Path, page: Path) -> None:
 
 
 def main() -> None:
-    """Takes all pictures."""
+    """Take all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     known, further = parser.parse_known_args()

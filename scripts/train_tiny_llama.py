@@ -64,7 +64,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """A freshly initialised LLaMA of 2.4 M parameters, float32."""
+    """Return a freshly initialised LLaMA of 2.4 M parameters, float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -143,7 +143,7 @@ def train_model(train: Tensor, held_out: Tensor, options: argparse.Namespace) ->
 
 
 def obtain_model(tokenizer: PreTrainedTokenizerFast, held_out: Tensor, options: argparse.Namespace) -> LlamaForCausalLM:
-    """The model before rescaling: read from ``--raw`` where that is there, else trained."""
+    """Return the model before rescaling: read from ``--raw`` where that is there, else trained."""
     if options.raw is not None and options.raw.exists():
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(options.raw)
         return model

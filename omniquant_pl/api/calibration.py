@@ -92,7 +92,7 @@ def read_calibration(
 
 
 def _collect(given: Calibration, tokenizer: PreTrainedTokenizerBase | None, data: CalibrationData) -> list[Row]:
-    """All rows; of what has no length, as many as hold the windows that are asked for."""
+    """Return all rows; of what has no length, as many as hold the windows that are asked for."""
     is_endless, wanted = not isinstance(given, Sized), data.samples * data.length
     rows: list[Row] = []
     tokens = 0
@@ -123,7 +123,7 @@ def _rows(given: Calibration, tokenizer: PreTrainedTokenizerBase | None) -> Iter
 
 
 def _is_stream(given: Any) -> bool:
-    """Whether it is one sequence of token ids, not rows of them."""
+    """Return whether it is one sequence of token ids, not rows of them."""
     if isinstance(given, Mapping):
         given = given.get("input_ids")
     if isinstance(given, Tensor | np.ndarray):

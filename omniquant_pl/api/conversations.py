@@ -20,7 +20,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "u
 
 
 def is_message(value: object) -> bool:
-    """Whether a value is a message: ``role`` and ``content``, or ``from`` and ``value``."""
+    """Return whether a value is a message: ``role`` and ``content``, or ``from`` and ``value``."""
     return isinstance(value, Mapping) and ("role" in value or ("from" in value and "value" in value))
 
 

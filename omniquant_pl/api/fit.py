@@ -32,7 +32,7 @@ class WaitingFit(OmniQuantCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        """Waits for :meth:`go`."""
+        """Wait for :meth:`go`."""
 
     @property
     def data(self) -> CalibrationData:

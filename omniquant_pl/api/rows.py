@@ -41,7 +41,7 @@ def refused(message: str) -> ConfigurationError:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is what token ids are lists of; that they are whole numbers is checked later."""
+    """Return whether a value is what token ids are lists of; that they are whole numbers is checked later."""
     return isinstance(value, int | float | np.number) or (isinstance(value, Tensor) and value.ndim == 0)
 
 

@@ -28,12 +28,12 @@ _CPU_COMPILER = "clang++" if sys.platform == "darwin" else "g++"
 
 @cache
 def compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Returns a function compiled for the shapes that it gets; arguments of the same structure share the code."""
+    """Return a function compiled for the shapes that it gets; arguments of the same structure share the code."""
     return torch.compile(function, dynamic=False)
 
 
 def differing_kinds(plain: Sequence[Tensor | None], other: Sequence[Tensor | None], kinds: Sequence[str]) -> list[str]:
-    """Returns the kinds of gradients that are not the same but for rounding, all of a kind taken together.
+    """Return the kinds of gradients that are not the same but for rounding, all of a kind taken together.
 
     Args:
         plain: Gradients; ``None`` of what has none.
@@ -52,7 +52,7 @@ def differing_kinds(plain: Sequence[Tensor | None], other: Sequence[Tensor | Non
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuses to compile where ``torch.compile`` has nothing to compile with.
+    """Refuse to compile where ``torch.compile`` has nothing to compile with.
 
     Raises:
         ConfigurationError: If there is no C++ compiler for the CPU, or no Triton for another device.

@@ -74,20 +74,20 @@ class BlockFactors(nn.Module):
         self._constant_ranges: dict[str, RowRange] = {}
 
     def named_pairs(self) -> Iterator[tuple[str, Pair]]:
-        """Yields name and pair."""
+        """Yield name and pair."""
         for key, pair in self.pairs.items():
             assert isinstance(pair, Pair)
             yield _name(key), pair
 
     def named_quantizers(self) -> Iterator[tuple[str, WeightQuantizer]]:
-        """Yields the linear's name and its quantizer."""
+        """Yield the linear's name and its quantizer."""
         for key, quantizer in self.quantizers.items():
             assert isinstance(quantizer, WeightQuantizer)
             yield _name(key), quantizer
 
     @torch.no_grad()
     def round_to_nearest(self, names: Collection[str]) -> None:
-        """Leaves linears at round-to-nearest in their full range: there is nothing that they could learn from.
+        """Leave linears at round-to-nearest in their full range: there is nothing that they could learn from.
 
         Pairs all of whose readers are among them keep their initial scale.
         """
@@ -102,14 +102,14 @@ class BlockFactors(nn.Module):
                 pair.requires_grad_(False)
 
     def project(self) -> None:
-        """Returns scales and offsets to where they are allowed, after an optimizer step."""
+        """Return scales and offsets to where they are allowed, after an optimizer step."""
         for _, pair in self.named_pairs():
             pair.project()
         for _, quantizer in self.named_quantizers():
             quantizer.project()
 
     def freeze_ranges(self, tensors: Mapping[str, Tensor]) -> None:
-        """Computes the ranges of weights that no pair changes once, on the device where the tensors are."""
+        """Compute the ranges of weights that no pair changes once, on the device where the tensors are."""
         changed = {name for _, pair in self.named_pairs() for name in pair.changed}
         self._constant_ranges = {
             name: quantizer.range_of(tensors[f"{name}.weight"])
@@ -118,18 +118,18 @@ class BlockFactors(nn.Module):
         }
 
     def release_ranges(self) -> None:
-        """Forgets the ranges of :meth:`freeze_ranges`."""
+        """Forget the ranges of :meth:`freeze_ranges`."""
         self._constant_ranges = {}
 
     def transformed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Applies the pairs: the same function of the block's input as the originals, before quantization."""
+        """Apply the pairs: the same function of the block's input as the originals, before quantization."""
         result = dict(tensors)
         for _, pair in self.named_pairs():
             pair.apply_to(result)
         return result
 
     def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the tensors transformed and fake-quantized, differentiable in the factors."""
+        """Return the tensors transformed and fake-quantized, differentiable in the factors."""
         result = self.transformed(tensors)
         for name, quantizer in self.named_quantizers():
             weight = f"{name}.weight"
@@ -138,7 +138,7 @@ class BlockFactors(nn.Module):
 
     @torch.no_grad()
     def choose_codes(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Chooses codes that make up for each other's errors (GPTQ), for good.
+        """Choose codes that make up for each other's errors (GPTQ), for good.
 
         Args:
             tensors: The block's original tensors, on the CPU.
@@ -153,7 +153,7 @@ class BlockFactors(nn.Module):
 
     @torch.no_grad()
     def fold(self, tensors: Mapping[str, Tensor]) -> FoldedBlock:
-        """Chooses the codes, against scales rounded to the dtype that they are stored in.
+        """Choose the codes, against scales rounded to the dtype that they are stored in.
 
         Codes that are not the nearest ones, after learned rounding, are kept from here on.
 
@@ -178,7 +178,7 @@ class BlockFactors(nn.Module):
         return FoldedBlock(result, quantized)
 
     def export(self) -> dict[str, Tensor]:
-        """Returns the factors under the names they have in files.
+        """Return the factors under the names they have in files.
 
         They are ``<linear>.clip.upper``, ``<pair>.scale`` and so on, and ``<linear>.codes`` where not the nearest
         codes were chosen.
@@ -187,7 +187,7 @@ class BlockFactors(nn.Module):
         return factors | {f"{name}{_CODES}": codes for name, codes in self.codes.items()}
 
     def load(self, factors: Mapping[str, Tensor], origin: str) -> None:
-        """Sets the factors, and the codes if there are any, from a file's.
+        """Set the factors, and the codes if there are any, from a file's.
 
         Args:
             factors: As :meth:`export` returns them.
@@ -214,7 +214,7 @@ class BlockFactors(nn.Module):
         self.codes = codes
 
     def _factors(self) -> dict[str, tuple[nn.Module, str]]:
-        """Returns the module and the name inside it of every factor that files hold, by its name there.
+        """Return the module and the name inside it of every factor that files hold, by its name there.
 
         Offsets are not among them: their codes are.
         """
@@ -229,20 +229,20 @@ class BlockFactors(nn.Module):
 
 
 def _shared_inputs(layout: BlockLayout) -> dict[str, str]:
-    """A norm's linears read the same, unless a router stands between."""
+    """Return a norm's linears read the same, unless a router stands between."""
     groups = [pair.linears for pair in layout.pairs if isinstance(pair, NormToLinears) and not pair.others]
     found = {name: name for name in layout.linears}
     return found | {name: group[0] for group in groups for name in group}
 
 
 def _fits(owner: nn.Module, leaf: str, factor: Tensor) -> bool:
-    """Whether a factor has the shape of a parameter, or one that its pair takes as well."""
+    """Return whether a factor has the shape of a parameter, or one that its pair takes as well."""
     other = owner.other_shapes if isinstance(owner, Pair) else ()
     return factor.shape in (owner.get_parameter(leaf).shape, *other)
 
 
 def _key(name: str) -> str:
-    """A module's name cannot contain dots."""
+    """Return a module's name cannot contain dots."""
     return name.replace(".", "/")
 
 

@@ -96,7 +96,7 @@ class BlockModule(LightningModule):
 
     @override
     def forward(self, hidden: Tensor) -> Tensor:
-        """Runs the quantized blocks on ``[batch, tokens, channels]``."""
+        """Run the quantized blocks on ``[batch, tokens, channels]``."""
         run = compiled(QuantizedBlock.forward) if self._is_compiled else QuantizedBlock.__call__
         for block in self._blocks:
             hidden = run(block, hidden)
@@ -117,13 +117,13 @@ class BlockModule(LightningModule):
             block.end_learning()
 
     def release(self) -> None:
-        """Lets go of the blocks and the batches: Lightning holds on to a module until it gets the next one."""
+        """Let go of the blocks and the batches: Lightning holds on to a module until it gets the next one."""
         self.blocks = nn.ModuleList()
         self._head = self._samples_of = None
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Returns the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``.
+        """Return the loss of a batch: quantized-stream input and one or two targets ``[batch, tokens, channels]``.
 
         The batch is this process's share, which may be empty; loss and gradients are those of the whole. They are
         computed here, not where Lightning asks for gradients: it would hold on to what did not fit.
@@ -138,7 +138,7 @@ class BlockModule(LightningModule):
         return with_gradients(loss, gradients, parameters)
 
     def _gradients_that_fit(self, parameters: Sequence[nn.Parameter], samples: int) -> _Gradients:
-        """The share's part of the loss and its gradients, fewer samples at once than before as long as memory runs out.
+        """Return this share's loss and gradients, from smaller micro-batches as long as memory runs out.
 
         Raises:
             CalibrationError: If a single sample does not fit.
@@ -152,7 +152,7 @@ class BlockModule(LightningModule):
             self._shrink_micro_batch(message)  # outside of the handler, which would hold on to what did not fit
 
     def _check_compiled(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Compares the first compiled gradients with plain ones, and goes on without compiling if they differ.
+        """Compare the first compiled gradients with plain ones, and goes on without compiling if they differ.
 
         Compilers have errors, and a wrong gradient would only be seen in the perplexity. Every size of a batch has
         compiled code of its own.
@@ -196,7 +196,7 @@ class BlockModule(LightningModule):
 
     @torch.no_grad()
     def total_loss(self, batch: Sequence[Tensor]) -> Tensor:
-        """Returns the sum of the losses of a batch's samples in float64, as few at once as a step takes.
+        """Return the sum of the losses of a batch's samples in float64, as few at once as a step takes.
 
         Its steps are plain ones: compiled ones are only trusted where they have been compared.
         """
@@ -209,7 +209,7 @@ class BlockModule(LightningModule):
         return found.sum(dtype=exact_dtype(found.device))
 
     def loss(self, batch: Sequence[Tensor]) -> Tensor:
-        """Returns the loss of a batch, as :meth:`training_step` gets it."""
+        """Return the loss of a batch, as :meth:`training_step` gets it."""
         hidden, *targets = batch
         output = self(hidden).float()
         return torch.stack([self._loss(output, target) for target in targets]).sum()
@@ -242,7 +242,7 @@ class BlockModule(LightningModule):
         self._is_compiled = checkpoint.get("compiled", self._is_compiled)
 
     def forget_epoch(self) -> None:
-        """Drops the losses of the current epoch, which has been taken back."""
+        """Drop the losses of the current epoch, which has been taken back."""
         self._loss_sum.zero_()
         self._loss_count = 0
 

@@ -19,7 +19,7 @@ _CHUNK_TOKENS = 1024
 def mean_divergence(
     head: Callable[[Tensor], Tensor], output: Tensor, target: Tensor, chunk_tokens: int = _CHUNK_TOKENS
 ) -> Tensor:
-    """Returns the Kullback-Leibler divergence of the predictions, ``KL(p_target || p_output)``, mean over tokens.
+    """Return the Kullback-Leibler divergence of the predictions, ``KL(p_target || p_output)``, mean over tokens.
 
     Args:
         head: Makes logits ``[batch, tokens, vocabulary]`` of hidden states ``[batch, tokens, channels]``, each

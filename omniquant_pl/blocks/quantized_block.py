@@ -66,7 +66,7 @@ class QuantizedBlock(nn.Module):
         return {name: tensor for name, tensor in self.network.named_buffers() if tensor.is_floating_point()}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Runs the quantized block on ``[batch, tokens, channels]``."""
+        """Run the quantized block on ``[batch, tokens, channels]``."""
         if self.is_folded:
             return self.call(self.network, hidden)
         overridden = self._held or self._overridden()
@@ -77,7 +77,7 @@ class QuantizedBlock(nn.Module):
         return self.call(cast(nn.Module, network), hidden)
 
     def _overridden(self) -> dict[str, Tensor]:
-        """What the factors make of the tensors: in float32 whatever the precision of the passes, as when they fold.
+        """Return what the factors make of the tensors, in float32 whatever the precision of the passes.
 
         A shift in lower precision would move an output by other amounts than the bias makes up for.
         """
@@ -95,12 +95,12 @@ class QuantizedBlock(nn.Module):
             self._held = {}
 
     def start_learning(self) -> None:
-        """Computes once, on the block's device, what stays the same over all steps."""
+        """Compute once, on the block's device, what stays the same over all steps."""
         self._originals = self.tensors
         self.factors.freeze_ranges(self._originals)
 
     def end_learning(self) -> None:
-        """Forgets what was kept for the steps: the block may move to another device."""
+        """Forget what was kept for the steps: the block may move to another device."""
         self._originals = {}
         self.factors.release_ranges()
 
@@ -109,7 +109,7 @@ class QuantizedBlock(nn.Module):
         run: Callable[[], object],
         add: Callable[[Mapping[str, InputMoment]], Mapping[str, InputMoment]] = dict,
     ) -> None:
-        """Chooses the codes with error compensation (GPTQ) on the inputs that the quantized block's linears get.
+        """Choose the codes with error compensation (GPTQ) on the inputs that the quantized block's linears get.
 
         Args:
             run: Runs the block over the calibration set.
@@ -133,7 +133,7 @@ class QuantizedBlock(nn.Module):
         return next(linears).activations
 
     def fold(self) -> FoldedBlock:
-        """Puts the final, dequantized weights into the network; computed on the CPU whatever the device.
+        """Put the final, dequantized weights into the network; computed on the CPU whatever the device.
 
         Returns:
             The folded block with its codes.

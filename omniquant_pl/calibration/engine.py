@@ -21,7 +21,7 @@ __all__ = ["Engine", "hidden_state_count"]
 
 
 def hidden_state_count(window: int, segments: int = 1, in_turn: int = 1) -> int:
-    """Returns how many streams of all samples a process has at once, at most.
+    """Return how many streams of all samples a process has at once, at most.
 
     They are two in front of a block, two behind it (its output and, to compare with, that of round-to-nearest), and the
     targets of its window; an augmented target is gone before anything is measured. Of segments, both inputs are added.
@@ -108,12 +108,12 @@ class Engine:
         return len(module.epoch_losses)
 
     def embed(self, source: SourceModel, tokens: Tensor) -> HiddenStates:
-        """Returns the hidden states in front of the first block for token ids ``[samples, tokens]``."""
+        """Return the hidden states in front of the first block for token ids ``[samples, tokens]``."""
         with source.on(self.device):
             return map_hidden_states(source.embed, tokens, self.storage, micro_batch_size=self.micro_batch_size)
 
     def map(self, function: Callable[[Tensor], Tensor], hidden: HiddenStates, splits: bool = True) -> HiddenStates:
-        """Runs a block over a stream without gradients; see :func:`map_hidden_states`."""
+        """Run a block over a stream without gradients; see :func:`map_hidden_states`."""
         with self.context():
             return map_hidden_states(
                 lambda batch: function(batch).float(), hidden, self.storage, splits, self.micro_batch_size

@@ -163,55 +163,55 @@ class CalibrationCallback(Callback):
         return False
 
     def on_ready(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
-        """Model and data are ready, nothing has been written; whoever cannot do what it is meant to refuses here."""
+        """Refuse what cannot work: model and data are ready, and nothing has been written."""
 
     def on_calibration_start(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
-        """The run begins; no block has been touched."""
+        """Start: the run begins, and no block has been touched."""
 
     def on_baseline(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
-        """Everybody has started; whoever measures what the model is compared with does so here."""
+        """Evaluate baselines: every callback has started."""
 
     def on_evaluation_start(self, trainer: CalibrationTrainer, variant: str) -> None:
-        """The perplexity of a variant of the model is about to be measured."""
+        """Announce that the perplexity of a variant of the model is about to be measured."""
 
     @_ends
     def on_evaluation_end(
         self, trainer: CalibrationTrainer, variant: str, perplexities: Mapping[str, float], seconds: float
     ) -> None:
-        """It has been measured: perplexity by name of the evaluation set, and how long that took."""
+        """Take what was measured: perplexity by name of the evaluation set, and how long that took."""
 
     def on_segment_start(self, trainer: CalibrationTrainer, index: int, blocks: range) -> None:
-        """A segment of the blocks is about to be calibrated in a folder of its own, at the same time as others."""
+        """Start a segment: its blocks are calibrated in a folder of their own, at the same time as others."""
 
     @_ends
     def on_segment_end(self, trainer: CalibrationTrainer, index: int, blocks: range) -> None:
-        """Every block of the segment is folded."""
+        """End a segment: every block of it is folded."""
 
     def on_stitching_start(self, trainer: CalibrationTrainer, blocks: int) -> None:
-        """Segments are about to be gone through once more: so many blocks, over all processes, are heard of again."""
+        """Start stitching: so many blocks, over all processes, are calibrated once more."""
 
     def on_segments_joined(self, trainer: CalibrationTrainer, results: Sequence[BlockResult]) -> None:
-        """All segments are done, and what became of every block is known."""
+        """Join segments: all are done, and the result of every block is known."""
 
     def on_block_restored(self, trainer: CalibrationTrainer, result: BlockResult) -> None:
-        """A block that was finished before an interruption is behind both streams again."""
+        """Take a block that was finished before an interruption: both streams are behind it again."""
 
     def on_inputs_observed(self, trainer: CalibrationTrainer, index: int, inputs: Mapping[str, ChannelRange]) -> None:
-        """The calibration set has passed a block in full precision: the input ranges of its linears, by name."""
+        """Take the input ranges of a block's linears, by name: the calibration set has passed it in full precision."""
 
     def on_block_start(self, trainer: CalibrationTrainer, block: QuantizedBlock) -> None:
-        """A block's factors are initialised; Lightning's fit hooks come next."""
+        """Start a block: its factors are initialised, and Lightning's fit hooks come next."""
 
     def on_block_trained(self, trainer: CalibrationTrainer, block: QuantizedBlock) -> None:
-        """A block has learned; whoever folds it does so here."""
+        """Take a block that has learned; :class:`FoldingCallback` folds it here."""
 
     @_ends
     def on_block_end(self, trainer: CalibrationTrainer, block: QuantizedBlock, result: BlockResult) -> None:
-        """A block is folded and measured, and both streams are behind it."""
+        """End a block: it is folded and measured, and both streams are behind it."""
 
     @_ends
     def on_calibration_end(self, trainer: CalibrationTrainer, model: OmniQuantModel) -> None:
-        """Every block is folded."""
+        """End: every block is folded."""
 
 
 class FoldingCallback(CalibrationCallback):

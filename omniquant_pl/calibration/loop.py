@@ -79,7 +79,7 @@ class Calibration:
         self._streams = streams
 
     def run(self) -> None:
-        """Calibrates the blocks: windows of them learn together, and each advance folds those left behind."""
+        """Calibrate the blocks: windows of them learn together, and each advance folds those left behind."""
         window, last = self._model.objective.window, self._blocks.stop
         pending: deque[_Pending] = deque()
         targets = self._streams.full_precision
@@ -106,7 +106,7 @@ class Calibration:
         self._kept.remove()
 
     def _pass_finished(self, index: int) -> int:
-        """Moves both streams behind the blocks that are finished already, and returns the first that is not."""
+        """Move both streams behind the blocks that are finished already, and return the first that is not."""
         finished, group = self._finished, self._engine.group
         end = group.least(finished.first_unfinished(index, self._blocks, self._model.objective.window))
         needed = min((number for number in range(index, end) if finished.result(number) is None), default=end)
@@ -122,7 +122,7 @@ class Calibration:
         return end
 
     def _restore_streams(self, index: int, last: int) -> int:
-        """Takes over streams that are kept, at most those of a block, and returns which block they are in front of."""
+        """Take over streams that are kept, at most those of a block, and return which block they are in front of."""
         kept = self._kept.restore(last)
         positions = set(self._engine.group.collect(index if kept is None else kept[0]))
         if kept is None or len(positions) > 1 or kept[0] <= index:
@@ -132,7 +132,7 @@ class Calibration:
         return position
 
     def _restore(self, index: int, result: BlockResult | None) -> BlockResult:
-        """Moves both streams behind a finished block, which is measured unless that has been written down."""
+        """Move both streams behind a finished block, which is measured unless that has been written down."""
         engine, call, tensors = self._engine, self._calls[index], self._source.block_tensors(index)
         found = self._finished.load(index)
         assert found is not None
@@ -150,7 +150,7 @@ class Calibration:
         return result
 
     def _enter(self, index: int, hidden: HiddenStates) -> _Pending:
-        """Prepares a block for learning, and computes its full-precision output for its full-precision input."""
+        """Prepare a block for learning, and compute its full-precision output for its full-precision input."""
         started = time.perf_counter()
         tensors = self._source.block_tensors(index)
         original = self._source.make_block(index, tensors).to(self._engine.device)
@@ -172,7 +172,7 @@ class Calibration:
         return _Pending(block, tensors, target, seconds=time.perf_counter() - started)
 
     def _leave_unreached(self, block: QuantizedBlock, reached: Collection[str]) -> None:
-        """Lets experts that no token has reached be rounded to nearest, unless their factors have learned before."""
+        """Let experts that no token has reached be rounded to nearest, unless their factors have learned before."""
         layout = self._source.layouts[block.index]
         unreached = [name for name in layout.linears if name not in reached]
         if not unreached or self._model.start.is_learned:
@@ -186,7 +186,7 @@ class Calibration:
         )
 
     def _learn(self, window: Sequence[_Pending]) -> None:
-        """Lets a window of blocks learn on the quantized stream in front of it; its time counts for the first."""
+        """Let a window of blocks learn on the quantized stream in front of it; its time counts for the first."""
         started = time.perf_counter()
         hidden = self._streams.quantized
         self._measure_initial_losses(window)
@@ -204,7 +204,7 @@ class Calibration:
         window[0].seconds += time.perf_counter() - started
 
     def _measure_initial_losses(self, window: Sequence[_Pending]) -> None:
-        """Measures the blocks that have not learned yet, behind those in front of them."""
+        """Measure the blocks that have not learned yet, behind those in front of them."""
         hidden = self._streams.quantized
         for position, entry in enumerate(window):
             if not any(math.isnan(later.block.loss_initial) for later in window[position:]):
@@ -215,7 +215,7 @@ class Calibration:
                 entry.block.loss_initial = mean_squared_error(hidden, entry.target, self._engine.group)
 
     def _augmented_target(self, window: Sequence[_Pending]) -> HiddenStates:
-        """The original blocks' output for the quantized stream."""
+        """Return the original blocks' output for the quantized stream."""
         if self._streams.are_equal:
             return window[-1].target
         hidden = self._streams.quantized
@@ -225,7 +225,7 @@ class Calibration:
         return hidden
 
     def _advance(self, entry: _Pending) -> None:
-        """Lets a block be folded, measures it and moves both streams behind it."""
+        """Let a block be folded, measures it and move both streams behind it."""
         started = time.perf_counter()
         engine, block, hidden = self._engine, entry.block, self._streams.quantized
         engine.group.broadcast(block.factors.state_dict().values())
@@ -253,7 +253,7 @@ class Calibration:
         output: HiddenStates,
         seconds: float,
     ) -> BlockResult:
-        """Measures a folded block next to round-to-nearest, both on the quantized stream in front of it."""
+        """Measure a folded block next to round-to-nearest, both on the quantized stream in front of it."""
         engine = self._engine
         nearest = self._model.round_to_nearest(block.index, tensors, block.call).to(engine.device)
         group = engine.group
@@ -285,7 +285,7 @@ class _Pending:
 
 
 def _experts_of(linears: Sequence[str], layout: BlockLayout) -> str:
-    """Returns the numbers of the experts that have these linears."""
+    """Return the numbers of the experts that have these linears."""
     assert layout.experts is not None  # every other linear is reached
     module = f"{layout.experts.module}."
     return ", ".join(map(str, sorted({int(name.removeprefix(module).partition(".")[0]) for name in linears})))

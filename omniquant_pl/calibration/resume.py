@@ -43,7 +43,7 @@ class ResumeState:
         self._loaded: tuple[int, dict[str, Tensor], dict[str, Any]] | None = None
 
     def check_same_calibration(self, blocks: int, checkpoint: Path) -> None:
-        """Refuses a run that has calibrated something else.
+        """Refuse a run that has calibrated something else.
 
         Args:
             blocks: Number of blocks.
@@ -75,7 +75,7 @@ class ResumeState:
         return True
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Returns factors of a finished block and what is known of it; ``None`` if it has to be calibrated.
+        """Return factors of a finished block and what is known of it; ``None`` if it has to be calibrated.
 
         A damaged file is reported in the log, and its block is calibrated again.
         """
@@ -100,15 +100,15 @@ class ResumeState:
         return factors, content
 
     def is_done(self, blocks: range) -> bool:
-        """Whether blocks are finished and measured."""
+        """Return whether blocks are finished and measured."""
         return all(self.load(index) is not None and self.result(index) is not None for index in blocks)
 
     def result(self, index: int) -> BlockResult | None:
-        """Returns what has been measured of a finished block, ``None`` if it was not written down."""
+        """Return what has been measured of a finished block, ``None`` if it was not written down."""
         return self._known.get(index)
 
     def first_unfinished(self, index: int, blocks: range, window: WindowSpec) -> int:
-        """Returns where the calibration goes on, from a block on.
+        """Return where the calibration goes on, from a block on.
 
         Windows that overlap start where they would have started: blocks that were folded in the middle of an advance
         are calibrated again.
@@ -127,7 +127,7 @@ class ResumeState:
         return max(index, blocks.start + min((end - blocks.start) // window.stride * window.stride, last_start))
 
     def save_window(self, blocks: Sequence[QuantizedBlock]) -> None:
-        """Keeps what blocks have learned that are not folded yet, before those in front of them are.
+        """Keep what blocks have learned that are not folded yet, before those in front of them are.
 
         Until those are, a calibration goes on from the window before, which therefore stays however often this is done.
         """
@@ -147,7 +147,7 @@ class ResumeState:
         return content["first"] == first and (is_ours or self._force)
 
     def restore_window(self, first: int, blocks: range, window: WindowSpec) -> Callable[[QuantizedBlock], None]:
-        """Returns what gives blocks back what they have learned in the window before the one that starts there."""
+        """Return what gives blocks back what they have learned in the window before the one that starts there."""
         if not self._resumes or first == blocks.start or window.stride == window.blocks:
             return lambda block: None
         found = load_latest(self._folder.window, lambda content: self._is_window(content["calibration"], first))
@@ -166,7 +166,7 @@ class ResumeState:
 
 
 def _results(metrics: Mapping[str, Any]) -> dict[int, BlockResult]:
-    """Reads the results of blocks in ``metrics.json``; one that is not as it should be is measured again."""
+    """Read the results of blocks in ``metrics.json``; one that is not as it should be is measured again."""
     names = {field.name for field in fields(BlockResult)}
     entries = [entry for entry in metrics.get("blocks", []) if isinstance(entry, dict) and set(entry) == names]
     return {entry["index"]: BlockResult(**entry) for entry in entries}

@@ -28,7 +28,7 @@ def segment_inputs(
     engine: Engine,
     group: Group,
 ) -> dict[int, HiddenStates]:
-    """Computes the hidden states in front of some blocks.
+    """Compute the hidden states in front of some blocks.
 
     Every process runs its share of the samples through all blocks in front of the last border; then each border's
     hidden states are put together where they are needed. The next block is read while one is computed.
@@ -65,7 +65,7 @@ def segment_inputs(
 
 
 def _put_together(hidden: HiddenStates, owner: int, storage: Storage, group: Group) -> HiddenStates | None:
-    """Sends the samples to one process: the first of each process first, then the second of each, and so on."""
+    """Send the samples to one process: the first of each process first, then the second of each, and so on."""
     if group.size == 1:
         return hidden
     shape = (len(hidden) * group.size, *hidden.shape[1:])

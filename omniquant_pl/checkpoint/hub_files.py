@@ -63,7 +63,7 @@ IGNORED = tuple(_folders_but(TEMPLATES))
 
 
 def shards_of(index: Path) -> list[str]:
-    """The files that an index of shards names; none of one that is damaged, which the reader of weights refuses."""
+    """Return the files that an index of shards names, none if it is damaged: the reader of weights refuses it."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -17,12 +17,12 @@ _EMBEDDED = Path(__file__).parent.parent / "models"
 
 
 def embedded_models() -> tuple[str, ...]:
-    """Returns the names of the checkpoints that come with the package."""
+    """Return the names of the checkpoints that come with the package."""
     return tuple(sorted(path.parent.name for path in _EMBEDDED.glob("*/config.json")))
 
 
 def locate_model(path: str, with_code: bool = False) -> Path:
-    """Returns the folder of an embedded model, a local folder, or a downloaded hub repository.
+    """Return the folder of an embedded model, a local folder, or a downloaded hub repository.
 
     Args:
         path: Name of an embedded model, path of a folder, or hub id ``owner/name``.
@@ -52,12 +52,12 @@ def from_any_folder(path: str) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model path is ``owner/name`` on the hub, and no folder."""
+    """Return whether a model path is ``owner/name`` on the hub, and no folder."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
 def _download(repository: str, used: list[str]) -> Path:
-    """The weights are one file where there is one, as transformers reads them; otherwise the shards of the index."""
+    """Download one file of weights if there is one, as transformers reads them, else the shards of the index."""
     folder = _snapshot(repository, [*used, SINGLE, INDEX])
     shards = [] if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else shards_of(folder / INDEX)
     return _snapshot(repository, [*used, INDEX, *shards]) if shards else folder

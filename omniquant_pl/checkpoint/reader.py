@@ -96,7 +96,7 @@ class Checkpoint:
             raise ConfigurationError(self._key, f"{self.folder / name} cannot be read: {error}") from error
 
     def view(self, parts: Mapping[str, StoredPart]) -> Checkpoint:
-        """Returns the same checkpoint with other tensors, which are made of what is stored.
+        """Return the same checkpoint with other tensors, which are made of what is stored.
 
         Args:
             parts: Where the tensors are, by their names in the view.
@@ -114,11 +114,11 @@ class Checkpoint:
         return self.view({names.get(name, name): part for name, part in self._parts.items()})
 
     def __contains__(self, name: str) -> bool:
-        """Whether the checkpoint has a tensor of that name."""
+        """Return whether the checkpoint has a tensor of that name."""
         return name in self._parts
 
     def names(self) -> tuple[str, ...]:
-        """Returns all tensor names, sorted."""
+        """Return all tensor names, sorted."""
         return tuple(sorted(self._parts))
 
     def path_of(self, name: str) -> Path:
@@ -127,7 +127,7 @@ class Checkpoint:
         return self.folder / self._file_of.get(part.stored or "", "")
 
     def read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Reads some tensors in the dtype they are stored in, each file opened and each stored tensor read once.
+        """Read some tensors in the dtype they are stored in, each file opened and each stored tensor read once.
 
         Raises:
             ConfigurationError: If one is missing or its file cannot be read.
@@ -157,7 +157,7 @@ class Checkpoint:
             raise ConfigurationError(self._key, f"{path} has no tensor {name}") from error
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every name and tensor, one at a time."""
+        """Yield every name and tensor, one at a time."""
         for name in self.names():
             yield name, self.read((name,))[name]
 
@@ -172,7 +172,7 @@ class Checkpoint:
         return infos
 
     def describe(self, name: str) -> TensorInfo:
-        """Returns shape and dtype of a tensor, without reading it.
+        """Return shape and dtype of a tensor, without reading it.
 
         Raises:
             ConfigurationError: If the checkpoint, or the file that should hold it, has no such tensor.
@@ -189,11 +189,11 @@ class Checkpoint:
         return TensorInfo(tuple(torch.empty(info.shape, device="meta")[part.index].shape), info.dtype)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of all tensors by name, without reading them."""
+        """Return the shapes of all tensors by name, without reading them."""
         return {name: self.describe(name).shape for name in self.names()}
 
     def verify(self) -> None:
-        """Reads everything that is stored once and refuses what no calibration can mend.
+        """Read everything that is stored once and refuse what no calibration can mend.
 
         Raises:
             ConfigurationError: If a tensor has a value that is not finite in float32; it names the tensor.

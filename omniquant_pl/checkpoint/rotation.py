@@ -54,7 +54,7 @@ class RandomHadamard:
         self._factors = [core, *_powers_of_two(size // len(core))]
 
     def __call__(self, states: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Multiplies rows with the matrix: ``states diag(scale) R``.
+        """Multiply rows with the matrix: ``states diag(scale) R``.
 
         Args:
             states: ``[..., n * size]``; every ``size`` consecutive channels are turned by themselves.
@@ -68,7 +68,7 @@ class RandomHadamard:
         return torch.cat([self._turn(part * signs).to(torch.float32) for part in parts]).view(states.shape)
 
     def _turn(self, rows: Tensor) -> Tensor:
-        """Takes the factors one after the other; each moves its part of the channels' index from front to back."""
+        """Take the factors one after the other; each moves its part of the channels' index from front to back."""
         for factor in self._factors:
             parts = rows.view(len(rows), len(factor), -1)
             rows = (parts.transpose(1, 2) @ factor).reshape(len(rows), -1)
@@ -111,7 +111,7 @@ class Rotation:
         return self._head is not None
 
     def block(self, layout: BlockLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns a block's tensors, float32, by their names inside the block."""
+        """Return a block's tensors, float32, by their names inside the block."""
         result = dict(tensors)
         if self.turns_residual:
             for norm in _norms(layout):
@@ -124,7 +124,7 @@ class Rotation:
         return result
 
     def non_block_tensors(self, embedding: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns what surrounds the blocks: embedding, final norm and head are changed.
+        """Return what surrounds the blocks: embedding, final norm and head are changed.
 
         Args:
             embedding: Name of the embedding's weight.
@@ -159,7 +159,7 @@ class Rotation:
 
 
 def _check_block(spec: RotationSpec, layout: BlockLayout, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a block of which the layout does not tell all that a rotation has to know."""
+    """Refuse a block of which the layout does not tell all that a rotation has to know."""
     if spec.values and not _values(layout):
         raise ConfigurationError("model.rotation", "not every block has values that an output projection reads")
     if not spec.residual:
@@ -182,7 +182,7 @@ def _values(layout: BlockLayout) -> list[ValueToOutput]:
 
 
 def _powers_of_two(size: int) -> Iterator[Tensor]:
-    """Yields Sylvester's Hadamard matrices over the roots of their sizes, whose product of sizes is a power of two."""
+    """Yield Sylvester's Hadamard matrices over the roots of their sizes, whose product of sizes is a power of two."""
     while size > 1:
         matrix = torch.ones(1, 1, dtype=torch.float64)
         while len(matrix) < min(size, _LARGEST_FACTOR):
@@ -192,7 +192,7 @@ def _powers_of_two(size: int) -> Iterator[Tensor]:
 
 
 def _core(size: int, generator: torch.Generator) -> Tensor:
-    """Returns an orthogonal matrix for the odd part of a size: the smallest Hadamard matrix that has it as a factor."""
+    """Return an orthogonal matrix for the odd part of a size: the smallest Hadamard matrix that has it as a factor."""
     odd = size // (size & -size)
     if odd == 1:
         return torch.ones(1, 1, dtype=torch.float64)
@@ -207,7 +207,7 @@ def _core(size: int, generator: torch.Generator) -> Tensor:
 
 
 def _paley(order: int) -> Tensor | None:
-    """Returns the Hadamard matrix of an order that Paley's first or second construction gives for a prime.
+    """Return the Hadamard matrix of an order that Paley's first or second construction gives for a prime.
 
     R. E. A. C. Paley, On orthogonal matrices, Journal of Mathematics and Physics 12 (1933), 311-320.
 
@@ -224,7 +224,7 @@ def _paley(order: int) -> Tensor | None:
 
 
 def _conference(prime: int) -> Tensor:
-    """Returns the matrix ``C`` of the quadratic residues, of order ``prime + 1``, with ``C C^T = prime I``.
+    """Return the matrix ``C`` of the quadratic residues, of order ``prime + 1``, with ``C C^T = prime I``.
 
     It is symmetric for primes that are 1 modulo 4, skew-symmetric for those that are 3.
     """

@@ -33,7 +33,7 @@ class BlockCall:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Runs a block on hidden states ``[batch, tokens, channels]``; where it returns a tuple, the first is taken."""
+        """Run a block on hidden states ``[batch, tokens, channels]``; where it returns a tuple, the first is taken."""
         output = block(hidden, *self.arguments, **self.options)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -58,14 +58,14 @@ class Placeholder(nn.Module):
         self._returns_tuple = returns_tuple
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor | tuple[Tensor]:
-        """Takes a block's arguments."""
+        """Take a block's arguments."""
         self.received, self.call = hidden_states, BlockCall(arguments, options)
         output = hidden_states if self.output is None else self.output
         return (output,) if self._returns_tuple else output
 
 
 def build_without_weights(config: PretrainedConfig, family: Family, trust_remote_code: bool) -> PreTrainedModel:
-    """Builds a model on the meta device, but for what is computed and never stored (rotary frequencies).
+    """Build a model on the meta device, but for what is computed and never stored (rotary frequencies).
 
     Args:
         config: The model's configuration.
@@ -92,7 +92,7 @@ def build_without_weights(config: PretrainedConfig, family: Family, trust_remote
 
 
 def unfuse_experts(block: nn.Module, layout: BlockLayout) -> None:
-    """Gives each expert of a block linears of its own, in place; blocks without experts stay as they are."""
+    """Give each expert of a block linears of its own, in place; blocks without experts stay as they are."""
     experts = layout.experts
     if experts is not None:
         fused = block.get_submodule(experts.module)

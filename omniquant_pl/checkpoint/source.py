@@ -82,7 +82,7 @@ class SourceModel:
             self.calls(1)  # what builds may still not run
 
     def _find_experts(self) -> None:
-        """Looks for experts where the checkpoint has them: one by one, or in 3-D tensors."""
+        """Look for experts where the checkpoint has them: one by one, or in 3-D tensors."""
         experts = next((layout.experts for layout in self.layouts if layout.experts is not None), None)
         if experts is not None:
             tensors = unfused_experts(self.checkpoint.shapes(), experts, self.family.stored_name)
@@ -90,7 +90,7 @@ class SourceModel:
                 self.checkpoint = self.checkpoint.view(tensors)
 
     def _stored_name(self, name: str) -> str:
-        """Name of a tensor in the checkpoint, which may have been saved without the language-model head around it."""
+        """Return the name of a tensor in the checkpoint, which may lack the prefix of a model without its head."""
         stored = self.family.stored_name(name)
         without_prefix = stored.removeprefix(f"{self._model.base_model_prefix}.")
         return next((found for found in (stored, without_prefix, name) if found in self.checkpoint), stored)
@@ -169,7 +169,7 @@ class SourceModel:
         return next(f"{name}.weight" for name, module in self._model.named_modules() if module is embedding)
 
     def _untie(self, tied: Mapping[str, str]) -> None:
-        """Gives tensors that were the same as others places of their own."""
+        """Give tensors that were the same as others places of their own."""
         if tied:
             self._untied = {self._stored_name(name): self._stored_name(owner) for name, owner in tied.items()}
             self.config_json = self.config_json | {"tie_word_embeddings": False}
@@ -195,15 +195,15 @@ class SourceModel:
         return int(self.config.max_position_embeddings)
 
     def __len__(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return len(self._placeholders)
 
     def block_prefix(self, index: int) -> str:
-        """What the names of a block's tensors begin with in the model."""
+        """Return what the names of a block's tensors begin with in the model."""
         return f"{self.family.blocks}.{index}."
 
     def verify(self) -> None:
-        """Looks at every tensor once, before any work.
+        """Look at every tensor once, before any work.
 
         Raises:
             ConfigurationError: If one is missing, has another shape or dtype, or a value that is not finite.
@@ -220,7 +220,7 @@ class SourceModel:
         return {name: tuple(tensor.shape) for name, tensor in self._templates[index].state_dict().items()}
 
     def stored_names(self, index: int) -> dict[str, str]:
-        """Names of one block's tensors in the checkpoint, by their names inside the block."""
+        """Return the names of one block's tensors in the checkpoint, by their names inside the block."""
         prefix = self.block_prefix(index)
         return {name: self._stored_name(prefix + name) for name in self._templates[index].state_dict()}
 
@@ -231,33 +231,33 @@ class SourceModel:
         return tuple(sorted({*self.checkpoint.names(), *self._untied} - inside))
 
     def describe(self, name: str) -> TensorInfo:
-        """Returns shape and stored dtype of a tensor by its name in checkpoints."""
+        """Return shape and stored dtype of a tensor by its name in checkpoints."""
         return self.checkpoint.describe(self._untied.get(name, name))
 
     def non_block_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields :attr:`non_block_names` with their tensors: those of the model, and others as they are stored."""
+        """Yield :attr:`non_block_names` with their tensors: those of the model, and others as they are stored."""
         loaded = {self._stored_name(name): tensor for name, tensor in self._model.state_dict().items()}
         for name in self.non_block_names:
             yield name, loaded[name] if name in loaded else self.checkpoint.read((name,))[name]
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
-        """Returns one block's tensors in float32, by their names inside the block."""
+        """Return one block's tensors in float32, by their names inside the block."""
         tensors = self._read(self.stored_names(index), self._templates[index].state_dict())
         return tensors if self._rotation is None else self._rotation.block(self.layouts[index], tensors)
 
     def make_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Returns a block of the model's own class that holds these tensors (without copying them)."""
+        """Return a block of the model's own class that holds these tensors (without copying them)."""
         block = copy.deepcopy(self._templates[index])
         self._assign(block, tensors)
         return block.eval()
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Moves what surrounds the blocks, to compute in a dtype."""
+        """Move what surrounds the blocks, to compute in a dtype."""
         nn.Module.to(self._model, device, dtype)
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """Moves what surrounds the blocks to a device for a while: it is large, and seldom needed there."""
+        """Move what surrounds the blocks to a device for a while: it is large, and seldom needed there."""
         before = self.device
         self.to(device)
         try:
@@ -272,20 +272,20 @@ class SourceModel:
 
     @torch.no_grad()
     def calls(self, length: int) -> list[BlockCall]:
-        """Returns how each block is called for sequences of that many tokens."""
+        """Return how each block is called for sequences of that many tokens."""
         self._model(torch.zeros(1, length, dtype=torch.long, device=self.device), use_cache=False)
         return [placeholder.call for placeholder in self._placeholders]
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Returns the first block's input for token ids ``[batch, tokens]``, ``[batch, tokens, channels]``."""
+        """Return the first block's input for token ids ``[batch, tokens]``, ``[batch, tokens, channels]``."""
         self._model.base_model(tokens.to(self.device), use_cache=False)
         received = self._placeholders[0].received
         assert received is not None
         return received
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits ``[batch, tokens, vocabulary]`` for the last block's output, differentiable in it."""
+        """Return the logits ``[batch, tokens, vocabulary]`` for the last block's output, differentiable in it."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         self._placeholders[-1].output = hidden
         try:

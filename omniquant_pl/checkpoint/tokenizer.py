@@ -78,10 +78,10 @@ def _cause(files: TokenizerFiles, error: BaseException, trust_remote_code: bool)
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Whether opening has failed; a panic of the tokenizers library is no Exception."""
+    """Return whether opening has failed; a panic of the tokenizers library is no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _reads_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it has tokens besides special and added ones."""
+    """Return whether it has tokens besides special and added ones."""
     return len(tokenizer) > len({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})

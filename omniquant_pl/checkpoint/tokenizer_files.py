@@ -57,18 +57,18 @@ class TokenizerFiles:
         return found or f"{type(error).__name__}: {one_line(error)}"
 
     def _read_files(self) -> Iterator[Path]:
-        """The files that are read: beside the serialized tokenizer, no other vocabulary is."""
+        """Return the files that are read: beside the serialized tokenizer, no other vocabulary is."""
         is_whole = any(path.name == _SERIALIZED for path in self.vocabularies)
         unread = [path for path in self.vocabularies if is_whole and path.name != _SERIALIZED]
         return (path for path in self._files if path not in unread)
 
     def _binary(self) -> Path | None:
-        """A file of SentencePiece's or tiktoken's, where there is no other vocabulary."""
+        """Return a file of SentencePiece's or tiktoken's, where there is no other vocabulary."""
         found = self.vocabularies
         return found[0] if found and all(path.suffix in (".model", ".tiktoken") for path in found) else None
 
     def _missing_packages(self) -> str | None:
-        """Packages that transformers converts the only vocabulary with."""
+        """Return the packages that transformers converts the only vocabulary with."""
         found = self._binary()
         if found is None:
             return None

@@ -31,7 +31,7 @@ _WORDS = {
 
 
 def descriptions(commands: Iterable[str]) -> dict[str, Any]:
-    """Returns what the parsers of the program and of its commands say of themselves, as LightningCLI takes it."""
+    """Return what the parsers of the program and of its commands say of themselves, as LightningCLI takes it."""
     program = Path(sys.argv[0]).name
     usages = {
         command: {"usage": f"{program} {command} [--config FILE] [--SECTION.KEY VALUE ...]"} for command in commands
@@ -49,7 +49,7 @@ def reword(parser: ArgumentParser) -> None:
 
 
 def own_settings_first(parser: ArgumentParser) -> None:
-    """Moves the trainer's settings, most of which nobody needs, to the end."""
+    """Move the trainer's settings, most of which nobody needs, to the end."""
     parser._action_groups.sort(
         key=lambda group: any(action.dest.startswith("trainer") for action in group._group_actions)
     )

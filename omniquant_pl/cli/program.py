@@ -106,6 +106,9 @@ class OmniQuantCLI(LightningCLI):
         if subcommand not in self._named:
             return self.init_parser(**options)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        if subcommand != "fit":  # the configuration of a run carries what its fit took
+            for flag in ("--ckpt_path", "--weights_only"):
+                parser.add_argument(flag, default=None, help=argparse.SUPPRESS)
         reword(parser)
         return parser
 
@@ -159,7 +162,7 @@ class OmniQuantCLI(LightningCLI):
         return self._instantiate_trainer(config, [*configured, MetricsCallback(), FoldCallback()])
 
     def before_fit(self) -> None:
-        """Called by Lightning before the fit: protects what another run has left in the folder.
+        """Protect what another run has left in the folder; Lightning calls this before the fit.
 
         Raises:
             ConfigurationError: If the run folder holds the factors of a run with other settings.
@@ -169,7 +172,7 @@ class OmniQuantCLI(LightningCLI):
             self.trainer.run_folder.check_same_settings(config, bool(config.get("ckpt_path")))
 
     def before_test(self) -> None:
-        """Called by Lightning before the test: measures no run under settings that are not its own.
+        """Measure no run under settings that are not its own; Lightning calls this before the test.
 
         Raises:
             ConfigurationError: As :meth:`before_fit`, or if there is no run, nor an exported folder to measure.
@@ -179,7 +182,7 @@ class OmniQuantCLI(LightningCLI):
         self._check_same_settings("test")
 
     def before_export(self) -> None:
-        """Called by Lightning before the export: takes no run for what other settings would have led to.
+        """Take no run for what other settings would have led to; Lightning calls this before the export.
 
         Raises:
             ConfigurationError: As :meth:`before_fit`, or if there is no run.
@@ -188,7 +191,7 @@ class OmniQuantCLI(LightningCLI):
         self._check_same_settings("export")
 
     def before_generate(self) -> None:
-        """Called by Lightning before text is generated: a packed folder that is given stands for itself.
+        """Check the run, unless a packed folder is given; Lightning calls this before text is generated.
 
         Raises:
             ConfigurationError: As :meth:`before_fit`, or if there is no run, nor a packed folder.
@@ -199,12 +202,12 @@ class OmniQuantCLI(LightningCLI):
             self._check_same_settings("generate")
 
     def before_compare(self) -> None:
-        """Called by Lightning before methods are compared: each of them gets a configuration made from this one."""
+        """Hand on the configuration that each method's is made from; Lightning calls this before a comparison."""
         self._require_single_process()
         self.trainer.settings = self._settings("compare")
 
     def before_plan(self) -> None:
-        """Called by Lightning before a plan is made: one process makes it, whatever the number that it is for."""
+        """Plan in one process, whatever the number that the plan is for; Lightning calls this before a plan."""
         self._require_single_process()
 
     def _require_single_process(self) -> None:
@@ -220,7 +223,7 @@ class OmniQuantCLI(LightningCLI):
             raise ConfigurationError("trainer.default_root_dir", fit_first(run.path, _asked.get()))
 
     def _settings(self, subcommand: str) -> dict[str, Any]:
-        """The resolved configuration, as it is written."""
+        """Return the resolved configuration, as it is written."""
         return dict(yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False)))
 
 
@@ -246,7 +249,7 @@ def _config_file(name: str) -> str:
 
 
 def run(arguments: list[str] | None = None) -> OmniQuantCLI:
-    """Runs a command line.
+    """Run a command line.
 
     Args:
         arguments: What follows the program's name; ``None`` takes the process's own.
@@ -282,7 +285,7 @@ def build(arguments: list[str] | None, cli_class: type[_CLI], parser_class: type
 
 
 def quieten() -> None:
-    """Drops Lightning's messages that fire once a block or do not apply to calibration."""
+    """Drop Lightning's messages that fire once a block or do not apply to calibration."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # It says which process has died before it ends the others.
@@ -324,7 +327,7 @@ def main() -> None:
 
 
 def _command_to_go_on() -> str:
-    """The command line of this process, from the last checkpoint."""
+    """Return the command line of this process, from the last checkpoint."""
     previous = ["", *sys.argv]
     arguments = [
         argument

@@ -21,8 +21,6 @@ def compare_methods(
     model: OmniQuantModel,
     datamodule: CalibrationData,
     methods: list[MethodName] | None = None,
-    ckpt_path: str | None = None,
-    weights_only: bool | None = None,
 ) -> list[Row]:
     """Quantize the same model by several methods, each in a process of its own; finished ones are kept.
 
@@ -33,8 +31,6 @@ def compare_methods(
         methods: Which, in the order of the rows. rtn, smoothquant, awq, gptq: this project's, without an epoch;
             nf4, int8: of bitsandbytes, in storage of their own; paper, best: OmniQuant at the published settings,
             and at those of configs/best; the others: tools that are installed beside this package. null: all.
-        ckpt_path: Not used; a run's configuration may carry it.
-        weights_only: Likewise.
 
     Returns:
         One row a method.
@@ -42,7 +38,6 @@ def compare_methods(
     Raises:
         ConfigurationError: If model or data cannot be used.
     """
-    del ckpt_path, weights_only
     tokens = trainer.prepare(model, datamodule)
     bench = MethodInputs(trainer.settings, model, tokens, trainer.evaluation_tokens, str(trainer.strategy.root_device))
     folder = trainer.run_folder.path

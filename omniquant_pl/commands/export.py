@@ -35,8 +35,6 @@ def export_run(
     verify: bool = False,
     push: str | None = None,
     private: bool = False,
-    ckpt_path: str | None = None,
-    weights_only: bool | None = None,
 ) -> Path:
     """Write a finished run in a format that other programs load.
 
@@ -52,8 +50,6 @@ def export_run(
             with the calibrated model's.
         push: Upload the folder to this repository of the Hugging Face hub, owner/name; null: upload nothing.
         private: A repository that is created for it is seen by its owner alone.
-        ckpt_path: Not used; a run's configuration may carry it.
-        weights_only: Likewise.
 
     Returns:
         The folder.
@@ -63,7 +59,6 @@ def export_run(
             replaced, or the hub refuses.
         CalibrationError: If a program computes other logits; the folder stays, and is not uploaded.
     """
-    del ckpt_path, weights_only
     export = open_format(format, model, dtype, shard_bytes)
     folder = trainer.run_folder.model if format == "hf" else trainer.run_folder.path / format
     folder = folder if output is None else Path(output)

@@ -39,8 +39,6 @@ def generate_text(
     packed: str | None = None,
     device: str | None = None,
     dtype: StorageDtype | None = None,
-    ckpt_path: str | None = None,
-    weights_only: bool | None = None,
 ) -> Generation:
     """Generate text with the packed model of a finished run.
 
@@ -59,8 +57,6 @@ def generate_text(
             is missing or older than the run, the run's model, packed in memory.
         device: Where to compute, such as cpu or cuda; null: the trainer's device.
         dtype: What is not quantized is held and computed in it; null: float32 on a CPU, bfloat16 elsewhere.
-        ckpt_path: Not used; a run's configuration may carry it.
-        weights_only: Likewise.
 
     Returns:
         The tokens and how long they took.
@@ -68,7 +64,7 @@ def generate_text(
     Raises:
         ConfigurationError: If the run or the folder cannot be used, or a setting is out of range.
     """
-    del datamodule, ckpt_path, weights_only
+    del datamodule
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if not prompt:
         raise ConfigurationError("prompt", "give the text to go on from, such as --prompt 'Once'")

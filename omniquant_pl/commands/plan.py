@@ -29,8 +29,6 @@ def plan_run(
     segments: int | None = None,
     teraflops: float | None = None,
     bandwidth: float = 2000.0,
-    ckpt_path: str | None = None,
-    weights_only: bool | None = None,
 ) -> Plan:
     """Print what a calibration on several devices takes: time, memory, disk, network.
 
@@ -45,8 +43,6 @@ def plan_run(
         teraflops: Estimate for devices that sustain so many 10^12 operations a second, from config.json alone, rather
             than measure a block on this machine's device.
         bandwidth: Of the memory of those devices, in 10^9 bytes a second.
-        ckpt_path: Not used; a run's configuration may carry it.
-        weights_only: Likewise.
 
     Returns:
         The plan.
@@ -54,7 +50,6 @@ def plan_run(
     Raises:
         ConfigurationError: If the calibration cannot be shared out; it names the setting.
     """
-    del ckpt_path, weights_only
     if teraflops is None:
         times, job = _measured(trainer, model, datamodule)
         origin = f"measured on this machine's {trainer.strategy.root_device.type}"
@@ -70,7 +65,7 @@ def plan_run(
 
 
 def _configured(trainer: BlockTrainer) -> int | None:
-    """The segments that the configuration asks for."""
+    """Return the segments that the configuration asks for."""
     if isinstance(trainer.strategy, BlockParallelStrategy):
         return trainer.strategy.segments
     return 1 if isinstance(trainer.strategy, DataParallelStrategy) else None
@@ -124,7 +119,7 @@ def _factors(shape: tuple[int, int], group_size: int | None) -> int:
 
 
 def plan_table(found: Plan, title: str) -> Table:
-    """Returns a table of what a plan says."""
+    """Return a table of what a plan says."""
     table = Table("", "", title=title, show_header=False)
     rows = {
         "segments": f"{found.segments}, the longest of {found.longest_segment} blocks",

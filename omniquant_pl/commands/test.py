@@ -29,8 +29,6 @@ def measure_run(
     limit: int | None = None,
     batch_size: int = 8,
     exported: str | None = None,
-    ckpt_path: str | None = None,
-    weights_only: bool | None = None,
 ) -> dict[str, Any]:
     """Measure a finished run, next to full precision and round-to-nearest: perplexity, and zero-shot tasks.
 
@@ -44,8 +42,6 @@ def measure_run(
         limit: Ask so many questions of each task, and write nothing down; null: all.
         batch_size: Questions that are computed together.
         exported: Measure the tasks on this exported folder instead of the run's model, and no perplexity.
-        ckpt_path: Not used; a run's configuration may carry it.
-        weights_only: Likewise.
 
     Returns:
         ``perplexity`` by evaluation set and variant, ``zero_shot`` by task and variant, as ``metrics.json`` and
@@ -55,7 +51,6 @@ def measure_run(
         ConfigurationError: If the run is not finished or does not fit the settings, a task cannot be loaded, or
             there is no tokenizer to read it with.
     """
-    del ckpt_path, weights_only
     if exported is not None and zero_shot is None:
         raise ConfigurationError("exported", "only tasks are measured on a folder; set zero_shot as well")
     tasks = None

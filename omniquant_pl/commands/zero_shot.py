@@ -19,7 +19,7 @@ __all__ = ["measure_zero_shot", "task_tokenizer"]
 
 
 def task_tokenizer(model: OmniQuantModel) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer that reads the tasks; asked for before any work.
+    """Return the tokenizer that reads the tasks; asked for before any work.
 
     Raises:
         ConfigurationError: If the model's folder has none, or one that does not open.
@@ -31,7 +31,7 @@ def task_tokenizer(model: OmniQuantModel) -> PreTrainedTokenizerBase:
 def measure_zero_shot(
     tasks: ZeroShot, model: OmniQuantModel, run: RunFolder, exported: Path | None, device: torch.device
 ) -> dict[str, Scores]:
-    """Measures the quantized model, then the original one; one of them is in memory, whole.
+    """Measure the quantized model, then the original one; one of them is in memory, whole.
 
     Both compute in float32 on a CPU, in bfloat16 elsewhere.
 

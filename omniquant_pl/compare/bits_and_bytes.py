@@ -22,7 +22,7 @@ _OUTLIERS = 6.0  # input channels that reach it stay in 16 bit: LLM.int8(), arXi
 
 
 def is_installed() -> bool:
-    """Whether bitsandbytes is there; it is not imported."""
+    """Return whether bitsandbytes is there; it is not imported."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -51,7 +51,7 @@ class BitsAndBytesBlocks:
         self.seconds = 0.0
 
     def __call__(self, index: int, tensors: dict[str, Tensor], call: BlockCall) -> nn.Module:
-        """Returns the block; see :data:`omniquant_pl.evaluate.perplexity.BlockBuilder`."""
+        """Return the block; see :data:`omniquant_pl.evaluate.perplexity.BlockBuilder`."""
         started, is_new = time.perf_counter(), True
         block = self._source.make_block(index, tensors)
         for name in self._source.layouts[index].linears:
@@ -84,7 +84,7 @@ def _int8(linear: nn.Linear, device: torch.device) -> tuple[nn.Module, int]:
 
 
 def _empty(linear: nn.Linear, kind: Any, **options: Any) -> nn.Module:
-    """A linear of another kind with the same bias, and no storage for the weight that it is going to get."""
+    """Return a linear of another kind with the same bias, and no storage for the weight that it is going to get."""
     made: nn.Module = kind(linear.in_features, linear.out_features, bias=False, device="meta", **options)
     made.bias = linear.bias
     return made.requires_grad_(False).eval()  # in training LLM.int8() leaves activations alone on a CPU

@@ -67,7 +67,7 @@ class Comparison:
         self._console = Console(highlight=False, soft_wrap=True)
 
     def run(self, methods: Sequence[str] | None = None) -> list[Row]:
-        """Runs what is missing.
+        """Run what is missing.
 
         Args:
             methods: Their names, in the order of the rows; ``None`` for all. Full precision comes first.
@@ -121,7 +121,7 @@ class Comparison:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _folder(self, contender: Method, fingerprint: str) -> Path:
-        """The method's folder, with what an interrupted attempt at the same has left, and nothing else."""
+        """Return the method's folder, with what an interrupted attempt at the same has left, and nothing else."""
         folder = self._work / contender.name
         mark = folder / "fingerprint"
         if not (mark.is_file() and mark.read_text() == fingerprint):
@@ -130,7 +130,7 @@ class Comparison:
         return folder
 
     def _kept(self, contenders: Mapping[str, Method]) -> dict[str, Row]:
-        """What an earlier comparison has measured and still holds, by method; nothing where the file is damaged."""
+        """Return the rows of an earlier comparison that still hold, by method; none if the file is damaged."""
         try:
             content: dict[str, Any] = json.loads(self._json.read_text(encoding="utf-8"))
             found = [row_of(entry) for entry in content["rows"]]

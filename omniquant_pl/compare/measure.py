@@ -26,7 +26,7 @@ AS_IT_IS = "as_it_is"
 
 
 def measure(kind: str, source: SourceModel, tokens: Path, room: MemoryBudget) -> dict[str, Any]:
-    """Returns perplexities, sizes, seconds of quantizing and the process's peak memory.
+    """Return perplexities, sizes, seconds of quantizing and the process's peak memory.
 
     Args:
         kind: ``as_it_is``, or one of :data:`omniquant_pl.compare.bits_and_bytes.KINDS`.
@@ -48,7 +48,7 @@ def _stored_bytes(source: SourceModel, name: str) -> int:
 
 
 def _linear_names(source: SourceModel) -> list[str]:
-    """Names in the checkpoint of the weights that a scheme quantizes."""
+    """Return the names in the checkpoint of the weights that a scheme quantizes."""
     stored = ((layout, source.stored_names(index)) for index, layout in enumerate(source.layouts))
     return [names[f"{linear}.weight"] for layout, names in stored for linear in layout.linears]
 

@@ -27,7 +27,7 @@ _NOTES = {
 
 
 def measure_apart(bench: MethodInputs, folder: Path, model: Path, kind: str = AS_IT_IS) -> dict[str, Any]:
-    """Measures a model in a process of its own; see :func:`omniquant_pl.compare.measure.measure`.
+    """Measure a model in a process of its own; see :func:`omniquant_pl.compare.measure.measure`.
 
     Raises:
         CalibrationError: If that fails.

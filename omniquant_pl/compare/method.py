@@ -33,7 +33,7 @@ class MethodInputs:
     """Where to compute, such as ``cpu`` or ``cuda:0``."""
 
     def write_evaluation(self, folder: Path) -> Path:
-        """Writes the evaluation sets into a folder, for another process, and returns the file."""
+        """Write the evaluation sets into a folder, for another process, and return the file."""
         path = folder / "evaluation.safetensors"
         write_tensors(path, self.evaluation)
         return path
@@ -54,15 +54,15 @@ class Method(ABC):
 
     @abstractmethod
     def refusal(self, bench: MethodInputs) -> str | None:
-        """Returns why the method cannot do this, ``None`` if it can; nothing is run."""
+        """Return why the method cannot do this, ``None`` if it can; nothing is run."""
 
     @abstractmethod
     def decides(self, bench: MethodInputs) -> Mapping[str, Any]:
-        """Returns what decides its figures, apart from the model's files and the tokens."""
+        """Return what decides its figures, apart from the model's files and the tokens."""
 
     @abstractmethod
     def measure(self, bench: MethodInputs, folder: Path) -> Row:
-        """Quantizes and measures.
+        """Quantize and measures.
 
         Args:
             bench: What to quantize.

@@ -26,7 +26,7 @@ class Finished:
 
 
 def run_logged(command: Sequence[str], log: Path) -> Finished:
-    """Runs a command; what it writes goes to a file.
+    """Run a command; what it writes goes to a file.
 
     A signal that ends this process ends the other one as well, which is waited for: it may have something to keep.
 
@@ -49,7 +49,7 @@ def run_logged(command: Sequence[str], log: Path) -> Finished:
 
 
 def _failure(code: int, log: Path) -> str:
-    """A process that was killed has not written why."""
+    """Return a process that was killed has not written why."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

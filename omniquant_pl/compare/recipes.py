@@ -77,7 +77,7 @@ def _gptq(case: Case) -> Settings:
 
 
 def _paper(case: Case) -> Settings:
-    """The published settings (arXiv 2308.13137): weights alone are transformed in OPT only."""
+    """Return the published settings (arXiv 2308.13137): weights alone are transformed in OPT only."""
     is_two_bit = case.scheme.weights.bits == 2
     transforms = case.scheme.activations is not None or case.model_type == "opt"
     return {
@@ -89,7 +89,7 @@ def _paper(case: Case) -> Settings:
 
 
 def _best(case: Case) -> Settings | str:
-    """The preset that measured best for the scheme."""
+    """Return the preset that measured best for the scheme."""
     name = f"best/{case.scheme.name}.yaml"
     path = find_preset(name)
     if path is None:
@@ -116,7 +116,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def configuration(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Returns the configuration of a fit by a method.
+    """Return the configuration of a fit by a method.
 
     Args:
         given: The comparison's resolved configuration.

@@ -44,7 +44,7 @@ class Row:
 
 
 def row_of(content: Mapping[str, Any]) -> Row | None:
-    """Returns the row that a file holds, ``None`` if it is none."""
+    """Return the row that a file holds, ``None`` if it is none."""
     names = {entry.name for entry in fields(Row)}
     return Row(**content) if set(content) == names else None
 
@@ -80,7 +80,7 @@ def _sets(rows: Iterable[Row]) -> list[str]:
 
 
 def comparison_table(rows: Sequence[Row]) -> Group:
-    """Returns a table for the terminal, one method a row, its perplexities by evaluation set; notes stand below it."""
+    """Return a table for the terminal, one method a row, its perplexities by evaluation set; notes stand below it."""
     sets = _sets(rows)
     table = Table("method")
     for head in _heads(sets)[1:-1]:
@@ -95,7 +95,7 @@ def comparison_table(rows: Sequence[Row]) -> Group:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Returns the same table in Markdown."""
+    """Return the same table in Markdown."""
     sets = _sets(rows)
     lines = [_heads(sets), ["---", *["---:"] * (len(sets) + 4), "---"], *(_cells(row, sets) for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"

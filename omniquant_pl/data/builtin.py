@@ -134,7 +134,7 @@ def document_split(name: str) -> Split:
 
 @lru_cache(maxsize=1)
 def _documents() -> tuple[tuple[str, str], ...]:
-    """Name and text of every document; a docstring stays in the first module that has it."""
+    """Return the name and text of every document; a docstring stays in the first module that has it."""
     documents = [(f"topic:{name}", inspect.cleandoc(text)) for name, text in _topics()]
     owners: dict[str, str] = {}  # docstring -> the first module that has it
     for name, path in _modules(_library()):

@@ -68,7 +68,7 @@ def _file(name: str) -> Path:
 
 
 def _find(name: str) -> Tensor | None:
-    """What was kept under a name: a digest, and the int32 that it is of."""
+    """Return what was kept under a name: a digest, and the int32 that it is of."""
     try:
         content = _file(name).read_bytes()
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ def _find(name: str) -> Tensor | None:
 
 
 def _keep(name: str, tokens: Tensor) -> None:
-    """Keeps tokens if there is a place for them; a run does not need it."""
+    """Keep tokens if there is a place for them; a run does not need it."""
     content = tokens.numpy().astype(np.int32).tobytes()
     try:
         replace_file(_file(name), lambda path: path.write_bytes(hashlib.sha256(content).digest() + content))

@@ -20,7 +20,7 @@ _COLUMN = "text"
 
 
 def resolve(name: str, role: Role) -> Path:
-    """The file behind a path of the configuration.
+    """Return the file behind a path of the configuration.
 
     Args:
         name: A path; ``~`` is the home folder.

@@ -98,7 +98,7 @@ def read_hub(name: str, role: Role) -> Text:
 
 
 def _other(name: str, role: Role) -> Any:
-    """The rows of a dataset nobody named here."""
+    """Return the rows of a dataset nobody named here."""
     splits = _load(name, role)
     wanted = ("train",) if role == "calibration" else ("test", "validation")
     for split in wanted:

@@ -119,7 +119,7 @@ class CalibrationData(LightningDataModule):
         self._evaluation = None
 
     def calibration_tokens(self) -> Tensor:
-        """The windows to calibrate on, read once.
+        """Return the windows to calibrate on, read once.
 
         Returns:
             int64 [samples, length].
@@ -133,7 +133,7 @@ class CalibrationData(LightningDataModule):
         return self._calibration
 
     def evaluation_tokens(self) -> dict[str, Tensor]:
-        """The windows to measure perplexity on, read once.
+        """Return the windows to measure perplexity on, read once.
 
         Returns:
             int64 [windows, length] by name, in the configuration's order. The name is the one
@@ -159,7 +159,7 @@ class CalibrationData(LightningDataModule):
         return self._settings
 
     def _windows(self, name: str, role: Role) -> Tensor:
-        """The windows of one dataset, int64 [windows, length], checked against the model."""
+        """Return the windows of one dataset, int64 [windows, length], checked against the model."""
         is_tokens = is_path(name) and name.lower().endswith(TOKEN_SUFFIX)
         read = self._windows_of_tokens if is_tokens else self._windows_of_text
         windows = read(self._spec(name, role))
@@ -197,7 +197,7 @@ class CalibrationData(LightningDataModule):
 
 
 def _cut(tokens: Tensor, spec: CutSpec) -> Tensor:
-    """A stream [tokens] into random windows to calibrate on, or adjacent ones to evaluate."""
+    """Return a stream [tokens] into random windows to calibrate on, or adjacent ones to evaluate."""
     return sample_stream(tokens, spec) if spec.role == "calibration" else chunk(tokens, spec)
 
 
@@ -211,7 +211,7 @@ def _check_length(length: int, positions: int, origin: str = "") -> None:
 
 
 def _by_key(names: list[str]) -> dict[str, str]:
-    """The entries of ``data.evaluation`` by the name they are reported under."""
+    """Return the entries of ``data.evaluation`` by the name they are reported under."""
     entries: dict[str, str] = {}
     for name in names:
         key = dataset_key(name)

@@ -31,7 +31,7 @@ def is_path(name: str) -> bool:
 
 
 def dataset_key(name: str) -> str:
-    """The name under which results are reported.
+    """Return the name under which results are reported.
 
     Args:
         name: An entry of the configuration.

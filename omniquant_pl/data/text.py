@@ -28,17 +28,17 @@ class Text:
     """Another for every other text, and quicker to tell than the text is to read; null where nothing tells it."""
 
     def stream(self) -> str:
-        """All documents, joined by an empty line."""
+        """Return all documents, joined by an empty line."""
         return "\n\n".join(self.documents)
 
 
 def key_of(role: Role) -> str:
-    """The configuration key that names the dataset of a role."""
+    """Return the configuration key that names the dataset of a role."""
     return _KEYS[role]
 
 
 def checked_texts(texts: Sequence[object], where: str, column: str, role: Role) -> list[str]:
-    """The rows of a column as strings; UTF-8 bytes are decoded.
+    """Return the rows of a column as strings; UTF-8 bytes are decoded.
 
     Args:
         texts: The rows.
@@ -92,7 +92,7 @@ def check_not_empty(texts: Sequence[str], where: str, role: Role) -> None:
 
 
 def wrong_column(where: str, column: str, found: Sequence[str], role: Role) -> ConfigurationError:
-    """The error for a dataset whose text is not in the expected column."""
+    """Return the error for a dataset whose text is not in the expected column."""
     columns = ", ".join(found) or "none"
     message = f"{where} has no column '{column}' to read text from; columns found: {columns}"
     return ConfigurationError(key_of(role), message)

@@ -99,7 +99,7 @@ def chunk(tokens: Tensor, spec: CutSpec) -> Tensor:
 
 
 def first_windows(windows: Tensor, spec: CutSpec) -> Tensor:
-    """The first windows of a file, in order.
+    """Return the first windows of a file, in order.
 
     Args:
         windows: int64 [windows, any length].
@@ -128,7 +128,7 @@ def _long_document(
     spec: CutSpec,
     draws: random.Random,
 ) -> Tensor:
-    """A random document that is longer than a window, int64 [tokens]."""
+    """Return a random document that is longer than a window, int64 [tokens]."""
     count, longest = len(documents), 0
     for _ in range(max(_LEAST_DRAWS, count) if count else 0):
         tokens = encode(documents[draws.randint(0, count - 1)])

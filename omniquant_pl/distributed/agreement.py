@@ -22,7 +22,7 @@ _KEYS = {"settings": "--config", "model": "model.path", "data": "data.dataset"}
 
 
 def check_agreement(fingerprint: Mapping[str, str], group: Group) -> None:
-    """Refuses processes that would calibrate something else than the first, or with other libraries.
+    """Refuse processes that would calibrate something else than the first, or with other libraries.
 
     Args:
         fingerprint: What decides of a calibration, as digests.
@@ -47,7 +47,7 @@ def check_agreement(fingerprint: Mapping[str, str], group: Group) -> None:
 
 
 def check_shared_folder(path: Path, group: Group) -> None:
-    """Refuses a run folder that is not the same one in all processes.
+    """Refuse a run folder that is not the same one in all processes.
 
     Raises:
         ConfigurationError: In all of them.
@@ -70,7 +70,7 @@ def check_shared_folder(path: Path, group: Group) -> None:
 
 
 def check_equal_blocks(index: int, tensors: Iterable[Tensor], group: Group) -> None:
-    """Refuses a block that the processes of a group have folded differently.
+    """Refuse a block that the processes of a group have folded differently.
 
     Args:
         index: Position of the block.

@@ -18,7 +18,7 @@ _LARGE = 1 << 20
 def add_gradients(
     loss: Tensor, gradients: list[Tensor | None], parameters: Sequence[Tensor], group: Group
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Adds up what the samples of each process contribute to the loss of a step and to its gradients.
+    """Add up what the samples of each process contribute to the loss of a step and to its gradients.
 
     A process that has no gradient of a parameter counts with zero, as no sample of its share has reached that expert;
     where none has one, there is none, so that the optimizer leaves the parameter alone, as it would in one process.

@@ -49,19 +49,19 @@ class Group:
         return self.rank == 0
 
     def share(self, values: Tensor) -> Tensor:
-        """Returns this process's samples of ``[samples, ...]``: every ``size``-th, so that batches divide evenly."""
+        """Return this process's samples of ``[samples, ...]``: every ``size``-th, so that batches divide evenly."""
         return values[self.rank :: self.size]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor by its sum over the processes, the same bits in all of them."""
+        """Replace a tensor by its sum over the processes, the same bits in all of them."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def minimum(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor by its least values."""
+        """Replace a tensor by its least values."""
         return self._reduce(tensor, dist.ReduceOp.MIN)
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor by its greatest values."""
+        """Replace a tensor by its greatest values."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
@@ -70,28 +70,28 @@ class Group:
         return tensor
 
     def total(self, values: Iterable[float]) -> list[float]:
-        """Returns the sums of some numbers over the processes, in float64."""
+        """Return the sums of some numbers over the processes, in float64."""
         return self.sum(torch.tensor(list(values), dtype=torch.float64)).tolist()
 
     def largest(self, number: int) -> int:
-        """Returns the largest of the processes' numbers."""
+        """Return the largest of the processes' numbers."""
         return number if self.size == 1 else int(self.maximum(torch.tensor(number)))
 
     def least(self, number: int) -> int:
-        """Returns the least of the processes' numbers."""
+        """Return the least of the processes' numbers."""
         return -self.largest(-number)
 
     def any(self, value: bool) -> bool:
-        """Whether it is true in any process."""
+        """Return whether it is true in any process."""
         return bool(self.largest(int(value)))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites tensors by those of the first process."""
+        """Overwrite tensors by those of the first process."""
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor, group=self._handle, group_src=0)
 
     def concatenate(self, rows: Tensor) -> Tensor:
-        """Returns the rows ``[any, columns]`` of all processes, in the order of the processes."""
+        """Return the rows ``[any, columns]`` of all processes, in the order of the processes."""
         if self.size == 1:
             return rows
         counts = self.sum(torch.eye(self.size, dtype=torch.long)[self.rank] * len(rows)).tolist()
@@ -102,7 +102,7 @@ class Group:
         return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
     def collect(self, value: _T) -> list[_T]:
-        """Returns a small value of every process."""
+        """Return a small value of every process."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -110,7 +110,7 @@ class Group:
         return found
 
     def gather(self, values: Tensor, to: int) -> list[Tensor] | None:
-        """Returns the tensors of all processes, of one shape, in one of them, and ``None`` in the others."""
+        """Return the tensors of all processes, of one shape, in one of them, and ``None`` in the others."""
         if self.size == 1:
             return [values]
         found = [torch.empty_like(values) for _ in range(self.size)] if self.rank == to else None
@@ -118,12 +118,12 @@ class Group:
         return found
 
     def barrier(self) -> None:
-        """Waits for all."""
+        """Wait for all."""
         self.any(False)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process refuses inside, all refuse; it is the one that says why.
+        """Let all processes refuse what one of them refuses inside; that one says why.
 
         Raises:
             ConfigurationError: As inside.

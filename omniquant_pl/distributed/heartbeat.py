@@ -52,7 +52,7 @@ class HeartbeatMonitor:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches inside; what is raised inside is told to the others.
+        """Watch inside; what is raised inside is told to the others.
 
         Raises:
             CalibrationError: If another process has gone while this one was waiting for it.
@@ -94,7 +94,7 @@ class HeartbeatMonitor:
                 return
 
     def _look(self) -> str | None:
-        """Returns what has happened, ``None`` if everybody is alive."""
+        """Return what has happened, ``None`` if everybody is alive."""
         store = self._store
         assert store is not None
         if store.check(["failed"]):

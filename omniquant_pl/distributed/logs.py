@@ -10,7 +10,7 @@ __all__ = ["mark_logs"]
 
 
 def mark_logs(mesh: Mesh) -> None:
-    """Lets the project's log lines begin with the process, and drops those that others with the same block repeat."""
+    """Let the project's log lines begin with the process, and drop those that others with the same block repeat."""
     world = mesh.world
     if world.size == 1:
         return

@@ -32,7 +32,7 @@ class Mesh:
 
     @classmethod
     def connected(cls, segments: int | None) -> Mesh:
-        """Makes the groups; every process of the job calls it.
+        """Make the groups; every process of the job calls it.
 
         Args:
             segments: Segments that there are; ``None`` for as many as processes. Of fewer processes each has several.
@@ -50,7 +50,7 @@ class Mesh:
 
 
 def _connect(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Makes groups of processes and returns the one that this process is in."""
+    """Make groups of processes and return the one that this process is in."""
     own: dist.ProcessGroup | None = None
     for ranks in groups:
         made = dist.new_group(ranks, timeout=_PATIENCE)

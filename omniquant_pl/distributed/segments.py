@@ -10,7 +10,7 @@ __all__ = ["balanced_segments", "share_out"]
 
 
 def balanced_segments(costs: Sequence[int], count: int) -> list[range]:
-    """Shares consecutive blocks out so that the costliest segment costs least.
+    """Share consecutive blocks out so that the costliest segment costs least.
 
     Args:
         costs: Cost of every block.
@@ -41,7 +41,7 @@ def balanced_segments(costs: Sequence[int], count: int) -> list[range]:
 
 
 def share_out(segments: int, processes: int, key: str = "trainer.strategy.segments") -> tuple[int, int]:
-    """Returns how many processes share the samples of a segment, and how many segments each calibrates in turn.
+    """Return how many processes share the samples of a segment, and how many segments each calibrates in turn.
 
     Args:
         segments: Number of segments.

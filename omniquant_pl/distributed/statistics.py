@@ -17,7 +17,7 @@ __all__ = ["add_moments", "join_ranges", "join_samples"]
 def join_ranges(
     ranges: Mapping[str, ChannelRange], columns: Mapping[str, int], device: torch.device, group: Group
 ) -> dict[str, ChannelRange]:
-    """Returns the input ranges over all processes.
+    """Return the input ranges over all processes.
 
     Args:
         ranges: Those of this process; a linear that none of its tokens has reached is absent.
@@ -39,7 +39,7 @@ def join_ranges(
 def add_moments(
     moments: Mapping[str, InputMoment], columns: Mapping[str, int], device: torch.device, group: Group
 ) -> dict[str, InputMoment]:
-    """Returns the second moments over all processes; arguments as of :func:`join_ranges`."""
+    """Return the second moments over all processes; arguments as of :func:`join_ranges`."""
     if group.size == 1:
         return dict(moments)
     found = {name: moments.get(name) or InputMoment(count, device) for name, count in columns.items()}
@@ -51,7 +51,7 @@ def add_moments(
 
 
 def join_samples(samples: Mapping[str, InputSample], group: Group) -> dict[str, Tensor]:
-    """Returns the sampled tokens ``[at most size, in]`` of every linear over all processes."""
+    """Return the sampled tokens ``[at most size, in]`` of every linear over all processes."""
     return {name: _joined(sample, group) for name, sample in samples.items()}
 
 

@@ -94,7 +94,7 @@ class GroupStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Leaves the block as it is."""
+        """Leave the block as it is."""
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -39,12 +39,12 @@ class CalledBlock(nn.Module):
         self._call = call
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Runs the block on ``[batch, tokens, channels]``."""
+        """Run the block on ``[batch, tokens, channels]``."""
         return self._call(self.block, hidden)
 
 
 def original_blocks(source: SourceModel) -> BlockBuilder:
-    """Returns the builder of the full-precision model."""
+    """Return the builder of the full-precision model."""
     return lambda index, tensors, call: CalledBlock(source.make_block(index, tensors), call)
 
 
@@ -57,7 +57,7 @@ def perplexity(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     group: Group | None = None,
 ) -> float:
-    """Measures a model over windows of tokens, the first token of each not predicted.
+    """Measure a model over windows of tokens, the first token of each not predicted.
 
     Args:
         source: The original model, whose embedding and head are used.
@@ -85,7 +85,7 @@ def _mean_loss(
     room: MemoryBudget,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> float:
-    """The mean negative log-likelihood over this process's tokens."""
+    """Return the mean negative log-likelihood over this process's tokens."""
     storage = room.storage(2 * tokens.numel() * source.config.hidden_size)
     with source.on(room.device):
         calls = source.calls(tokens.shape[1])
@@ -102,7 +102,7 @@ def _mean_loss(
 
 
 def _mean_loss_of(source: SourceModel, hidden: HiddenStates, tokens: Tensor) -> float:
-    """The same from the last block's output, window by window."""
+    """Return the same from the last block's output, window by window."""
     mean = MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
     for states, window in zip(hidden.parts(1), tokens.split(1), strict=True):
         # Not torchmetrics' Perplexity: its softmax is zero, and its logarithm infinite, 104 below the highest logit.

@@ -48,7 +48,7 @@ class Evaluation:
         self._group = group
 
     def measure(self, variant: str) -> dict[str, float]:
-        """Returns the perplexity of one of :data:`VARIANTS` by name of the evaluation set.
+        """Return the perplexity of one of :data:`VARIANTS` by name of the evaluation set.
 
         Round-to-nearest is the baseline of everything: of the model as it is stored, also if it is to be rotated.
 
@@ -63,7 +63,7 @@ class Evaluation:
         }
 
     def measure_all(self) -> dict[str, dict[str, float]]:
-        """Returns the perplexities by name of the evaluation set and variant.
+        """Return the perplexities by name of the evaluation set and variant.
 
         Raises:
             ConfigurationError: As :meth:`measure`, before anything else is measured.
@@ -84,7 +84,7 @@ class Evaluation:
 
 
 def perplexity_table(perplexities: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Returns a table with one evaluation set a row and one variant a column."""
+    """Return a table with one evaluation set a row and one variant a column."""
     table = Table("perplexity", *(variant.replace("_", " ") for variant in VARIANTS))
     for name, values in perplexities.items():
         table.add_row(name, *(_shown(values, variant) for variant in VARIANTS))

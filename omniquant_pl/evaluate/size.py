@@ -9,7 +9,7 @@ __all__ = ["model_sizes"]
 
 
 def model_sizes(model: OmniQuantModel) -> dict[str, int]:
-    """Bytes of the checkpoint as it is, and with packed codes, scales and zero points for the quantized weights."""
+    """Return the bytes of the checkpoint as it is, and with its quantized weights packed."""
     source, weights = model.source, model.quantized_weights
     full = quantized = 0
     for name in {*source.checkpoint.names(), *source.non_block_names}:

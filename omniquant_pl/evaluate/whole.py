@@ -18,7 +18,7 @@ __all__ = ["open_exported", "open_full_precision"]
 def open_full_precision(
     source: SourceModel, dtype: torch.dtype, device: torch.device, trusts_code: bool
 ) -> PreTrainedModel:
-    """Loads the model as it is stored.
+    """Load the model as it is stored.
 
     Args:
         source: The model.
@@ -33,7 +33,7 @@ def open_full_precision(
 
 
 def open_exported(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Loads an exported folder: a packed one by this package, another by transformers.
+    """Load an exported folder: a packed one by this package, another by transformers.
 
     Raises:
         ConfigurationError: If it is neither.

@@ -54,7 +54,7 @@ class ZeroShot:
             task.set_fewshot_seed(seed=1234)  # lm-eval's own
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
-        """Returns what a model scores; with examples, their number stands behind a task's name.
+        """Return what a model scores; with examples, their number stands behind a task's name.
 
         Args:
             model: On its device, in the dtype to compute in.
@@ -70,7 +70,7 @@ class ZeroShot:
 
 
 def _load(tasks: Sequence[str]) -> tuple[list[str], Any]:
-    """Returns the names under which results are asked for, and lm-eval's tasks with their data."""
+    """Return the names under which results are asked for, and lm-eval's tasks with their data."""
     from lm_eval.tasks import TaskManager
 
     folders = [task for task in tasks if Path(task).is_dir()]
@@ -97,7 +97,7 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def _loaded(manager: Any, spec: str) -> Any:
-    """Loads one task or group; whatever goes wrong, in a file of its or in its data, is said in one line."""
+    """Load one task or group; whatever goes wrong, in a file of its or in its data, is said in one line."""
     if spec not in manager.task_index and not Path(spec).is_file():
         near = difflib.get_close_matches(spec, manager.all_tasks, n=5)
         known = ", ".join(near) or "those that lm_eval ls tasks lists"
@@ -111,7 +111,7 @@ def _loaded(manager: Any, spec: str) -> Any:
 
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Leaves out what is no number, and the name of a filter that does nothing."""
+    """Leave out what is no number, and the name of a filter that does nothing."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in scores.items()
@@ -120,7 +120,7 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def zero_shot_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """Returns a table with a metric of a task a row and a variant of the model a column.
+    """Return a table with a metric of a task a row and a variant of the model a column.
 
     Args:
         results: By task and variant, as ``metrics.json`` has them.

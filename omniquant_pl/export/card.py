@@ -45,7 +45,7 @@ def model_card(
     quantizes_activations: bool = False,
     library: str = "transformers",
 ) -> str:
-    """Returns the README.md of an exported folder.
+    """Return the README.md of an exported folder.
 
     Args:
         model: The settings.
@@ -73,7 +73,7 @@ def model_card(
 
 
 def _method(model: OmniQuantModel, config: Mapping[str, Any]) -> str:
-    """Says what has learned, what was only set, and what else was done."""
+    """Say what has learned, what was only set, and what else was done."""
     settings = {
         "clipping": model.clipping,
         "transform": model.transform,
@@ -112,7 +112,7 @@ def _data(config: Mapping[str, Any]) -> str:
 
 
 def _name(path: str) -> str:
-    """A hub id or an embedded name as it is, of a local path its last part."""
+    """Return a hub id or an embedded name as it is, of a local path its last part."""
     return Path(path).name if Path(path).exists() else path
 
 
@@ -125,7 +125,7 @@ def _perplexities(perplexities: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _zero_shot(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A table of the tasks that were measured, nothing where there were none."""
+    """Return a table of the tasks that were measured, nothing where there were none."""
     variants = ("full_precision", "quantized")
     rows = [
         f"| {task}, {metric} | {' | '.join(_scored(values[v], metric) if v in values else '' for v in variants)} |"

@@ -18,7 +18,7 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def card_metadata(model: OmniQuantModel, metrics: Mapping[str, Any], library: str, base: str) -> str:
-    """Returns the YAML in front of a model card, in the form of the hub's model cards.
+    """Return the YAML in front of a model card, in the form of the hub's model cards.
 
     Args:
         model: The settings.
@@ -45,7 +45,7 @@ def card_metadata(model: OmniQuantModel, metrics: Mapping[str, Any], library: st
 
 
 def _inherited(folder: Path) -> dict[str, Any]:
-    """What the original's own card says that holds for what is made of it as well; nothing where there is none."""
+    """Return licence and language as the original's card says them; nothing where there is none."""
     card = folder / "README.md"
     head = card.read_text(encoding="utf-8", errors="replace").split("---\n") if card.is_file() else []
     if len(head) < 3 or head[0].strip():
@@ -68,7 +68,7 @@ def _results(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _result(name: str, metric: str, value: float) -> dict[str, Any]:
-    """A measurement in the hub's words, with the dataset's id there where it is known."""
+    """Return a measurement in the hub's words, with the dataset's id there where it is known."""
     hub = HUB_DATASETS.get(name, {}).get("evaluation")
     return {
         "task_type": "text-generation",

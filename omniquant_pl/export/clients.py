@@ -13,7 +13,7 @@ __all__ = ["transformers_logits"]
 
 @torch.no_grad()
 def transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
-    """Loads a folder with transformers.
+    """Load a folder with transformers.
 
     Args:
         folder: An exported folder.

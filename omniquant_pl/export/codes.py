@@ -12,7 +12,7 @@ __all__ = ["check_scale_range", "unsigned_codes"]
 
 
 def unsigned_codes(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
-    """Returns codes without a sign and their zero points; symmetric codes are moved up by half their range.
+    """Return codes without a sign and their zero points; symmetric codes are moved up by half their range.
 
     Args:
         weight: Codes of either kind.
@@ -29,7 +29,7 @@ def unsigned_codes(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def check_scale_range(weight: QuantizedWeight, name: str) -> None:
-    """Refuses scales that float16, which is all that some formats have, does not hold.
+    """Refuse scales that float16, which is all that some formats have, does not hold.
 
     Raises:
         ConfigurationError: It names the weight.

@@ -34,7 +34,7 @@ _ATTENTION_LINEARS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 
 
 def _dequantizes_in_half() -> bool:
-    """Whether transformers lets compressed-tensors multiply codes and scales in the scales' dtype, as from 5.23 on."""
+    """Return whether transformers multiplies codes and scales in the scales' dtype, as from 5.23 on."""
     return tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 23)
 
 
@@ -113,7 +113,7 @@ class CompressedTensorsExport(SafetensorsExport):
 
     @override
     def _config(self, model: OmniQuantModel) -> dict[str, Any]:
-        """Adds the number of heads where the program looks for it and the family has another name for it, as OPT."""
+        """Add the number of heads where the program looks for it and the family has another name for it, as OPT."""
         config = super()._config(model)
         if model.scheme.activations is None or hasattr(model.source.config, "num_key_value_heads"):
             return config
@@ -172,5 +172,5 @@ def _activation_refusal(model: OmniQuantModel) -> str | None:
 
 
 def _caps_logits(attention: nn.Module) -> bool:
-    """Whether attention needs transformers' eager implementation, which cannot be wrapped."""
+    """Return whether attention needs transformers' eager implementation, which cannot be wrapped."""
     return getattr(attention, "attn_logit_softcapping", None) is not None

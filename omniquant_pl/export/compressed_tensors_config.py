@@ -35,7 +35,7 @@ class LinearKind(NamedTuple):
 
 
 def linear_kinds(model: OmniQuantModel) -> dict[LinearKind, list[str]]:
-    """Returns the names of the quantized linears by what describes them, what most have in common first.
+    """Return the names of the quantized linears by what describes them, what most have in common first.
 
     In a model with experts it is what describes the experts: transformers takes that entry for them.
     """
@@ -52,13 +52,13 @@ def linear_kinds(model: OmniQuantModel) -> dict[LinearKind, list[str]]:
 
 
 def attention_classes(source: SourceModel) -> dict[str, nn.Module]:
-    """Returns an attention module, without weights, of each class."""
+    """Return an attention module, without weights, of each class."""
     modules = [block.get_submodule(layout.attention) for _, layout, block in block_kinds(source)]
     return {type(module).__name__: module for module in modules}
 
 
 def describe(model: OmniQuantModel, layout: str) -> dict[str, Any]:
-    """Returns the configuration.
+    """Return the configuration.
 
     Args:
         model: The settings.
@@ -89,7 +89,7 @@ def _groups(model: OmniQuantModel) -> list[dict[str, Any]]:
 
 
 def _targets(names: list[str], others: list[str]) -> list[str]:
-    """Returns patterns that match these linears and not the others: their kind, the last part of a name, if it can."""
+    """Return patterns that match these linears and not the others: their kind, the last part of a name, if it can."""
     kinds, other_kinds = ({name.rpartition(".")[2] for name in found} for found in (names, others))
     shared = kinds & other_kinds
     single = [name for name in names if name.rpartition(".")[2] in shared]
@@ -97,7 +97,7 @@ def _targets(names: list[str], others: list[str]) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """Matches a module whatever stands before its name, as checkpoints may lack the first part."""
+    """Match a module whatever stands before its name, as checkpoints may lack the first part."""
     return rf"re:(.*\.)?{re.escape(name)}$"
 
 
@@ -119,7 +119,7 @@ def _inputs(activations: ActivationSpec, kind: LinearKind) -> dict[str, Any]:
 
 
 def _per_slice(activations: ActivationSpec, width: int) -> dict[str, Any]:
-    """Returns what takes a range for each slice of the last axis, however many axes there are."""
+    """Return what takes a range for each slice of the last axis, however many axes there are."""
     return {**_activations(activations), "strategy": "group", "group_size": width}
 
 
@@ -128,7 +128,7 @@ def _activations(activations: ActivationSpec) -> Mapping[str, Any]:
 
 
 def _ignored(source: SourceModel) -> list[str]:
-    """Returns what ``Linear`` would match as well: the head, and all else that holds a matrix or that text skips."""
+    """Return what ``Linear`` would match as well: the head, and all else that holds a matrix or that text skips."""
     unread = [name.rpartition(".")[2] for name in source.family.unread]
     around = [
         name.removesuffix(".weight")

@@ -33,7 +33,7 @@ class PackQuantized:
     name: ClassVar[str] = "pack-quantized"
 
     def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
-        """Returns shapes and dtypes of what :meth:`pack` returns."""
+        """Return shapes and dtypes of what :meth:`pack` returns."""
         (rows, columns), bits = linear.shape, linear.spec.bits
         groups = _groups(linear)
         stored = {
@@ -46,7 +46,7 @@ class PackQuantized:
         return stored
 
     def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
-        """Returns the tensors of one weight."""
+        """Return the tensors of one weight."""
         bits = linear.spec.bits
         codes, zero_point = unsigned_codes(weight, bits)
         tensors = {
@@ -66,7 +66,7 @@ class IntQuantized:
     name: ClassVar[str] = "int-quantized"
 
     def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
-        """Returns shapes and dtypes of what :meth:`pack` returns."""
+        """Return shapes and dtypes of what :meth:`pack` returns."""
         per_group = (linear.shape[0], _groups(linear))
         stored: dict[str, Stored] = {
             "weight": (linear.shape, torch.int8),
@@ -75,7 +75,7 @@ class IntQuantized:
         return stored if linear.spec.symmetric else stored | {"weight_zero_point": (per_group, torch.int8)}
 
     def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
-        """Returns the tensors of one weight."""
+        """Return the tensors of one weight."""
         if weight.zero_point is None:
             return {"weight": weight.codes, "weight_scale": weight.scale}
         half = 2 ** (linear.spec.bits - 1)

@@ -57,7 +57,7 @@ class FactorsExport(Export):
 
 
 def _settings(model: OmniQuantModel) -> dict[str, Any]:
-    """The configuration of a fit without an epoch."""
+    """Return the configuration of a fit without an epoch."""
     specs = {
         "weights": model.scheme.weights,
         "activations": model.scheme.activations,

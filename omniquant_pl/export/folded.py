@@ -69,7 +69,7 @@ class FoldedModel:
         """Every quantized weight by its linear's name in the checkpoint."""
 
     def __len__(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return len(self._source)
 
     @property
@@ -78,25 +78,25 @@ class FoldedModel:
         return self._source.non_block_names
 
     def block_names(self, index: int) -> tuple[str, ...]:
-        """Names of a block's tensors in the checkpoint, those of quantized weights among them."""
+        """Return the names of a block's tensors in the checkpoint, those of quantized weights among them."""
         return tuple(self._source.stored_names(index).values())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor of the checkpoint, by its name there."""
+        """Return the shape of a tensor of the checkpoint, by its name there."""
         return self._source.describe(name).shape
 
     def exact_dtype(self, name: str) -> torch.dtype:
-        """Returns what holds a tensor that is not quantized exactly: the source's dtype where folding left it alone."""
+        """Return what holds a tensor that is not quantized exactly: the source's dtype where folding left it alone."""
         if self._model.rotation is not None or name not in self.non_block_names:
             return torch.float32
         return _DTYPES.get(self._source.describe(name).dtype, torch.float32)
 
     def non_block_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields the tensors outside the blocks, in the order of :attr:`non_block_names`."""
+        """Yield the tensors outside the blocks, in the order of :attr:`non_block_names`."""
         return self._source.non_block_tensors()
 
     def block(self, index: int) -> FoldedTensors:
-        """Folds one block, as the run did.
+        """Fold one block, as the run did.
 
         Raises:
             ConfigurationError: If its factors are missing or damaged.

@@ -43,7 +43,7 @@ def copy_auxiliary_files(source: Path, target: Path, trusts_code: bool) -> None:
 
 
 def check_target(target: Path, run: Path, source: Path, key: str = "output", is_replaced: bool = True) -> None:
-    """Refuses a folder that an export must not take the place of, as all that is there would be gone.
+    """Refuse a folder that an export must not take the place of, as all that is there would be gone.
 
     Args:
         target: The folder to create or replace.
@@ -70,7 +70,7 @@ def check_target(target: Path, run: Path, source: Path, key: str = "output", is_
 
 
 def _is_replaceable(place: Path) -> bool:
-    """Whether it is an empty folder or an export, which has no folders in it but one of chat templates."""
+    """Return whether it is an empty folder or an export, which has no folders in it but one of chat templates."""
     if not place.is_dir():
         return False
     entries = list(place.iterdir())
@@ -85,7 +85,7 @@ def _holds_templates(folder: Path) -> bool:
 
 @contextmanager
 def atomic_directory(target: Path, run: Path, source: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the target's place only if nothing went wrong.
+    """Yield a folder to fill, which takes the target's place only if nothing went wrong.
 
     Args:
         target: The folder to create or replace.

@@ -89,7 +89,7 @@ class Export(ABC):
 
     @abstractmethod
     def refusal(self, model: OmniQuantModel) -> str | None:
-        """Returns why the format cannot hold a model exactly, ``None`` if it can; nothing but the header is read."""
+        """Return why the format cannot hold a model exactly, ``None`` if it can; nothing but the header is read."""
 
     def check_values(self, model: OmniQuantModel) -> None:  # noqa: B027 (most formats hold all values)
         """Refuse values outside the blocks that the format does not hold; no calibration changes them.
@@ -100,7 +100,7 @@ class Export(ABC):
 
     @abstractmethod
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
-        """Exports a finished run, one block in memory at a time.
+        """Export a finished run, one block in memory at a time.
 
         Args:
             model: The run's settings.

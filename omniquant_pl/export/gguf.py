@@ -121,7 +121,7 @@ class GgufExport(Export):
 
 
 def _check_tensors(source: SourceModel, kind: str) -> str | None:
-    """Returns which tensor llama.cpp has no place for."""
+    """Return which tensor llama.cpp has no place for."""
     architecture = ARCHITECTURES[kind]
     for index in (None, *range(len(source))):
         for name, place in places(source, architecture, index):
@@ -161,7 +161,7 @@ def _general(model: OmniQuantModel, tensors: Iterable[FileTensor]) -> dict[str, 
 
 
 def _scheme(model: OmniQuantModel) -> dict[str, Value]:
-    """How the weights are quantized; llama.cpp itself does not read it."""
+    """Return how the weights are quantized; llama.cpp itself does not read it."""
     weights, activations = model.scheme.weights, model.scheme.activations
     values: dict[str, Value] = {
         "omniquant.scheme": model.scheme.name,
@@ -193,7 +193,7 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 
 
 def _add_infos(writer: GGUFWriter, rotary: Mapping[str, Tensor], tensors: Iterable[FileTensor]) -> None:
-    """Writes everything that stands before the tensors' data."""
+    """Write everything that stands before the tensors' data."""
     from gguf import GGMLQuantizationType
 
     for name, tensor in rotary.items():
@@ -207,7 +207,7 @@ def _add_infos(writer: GGUFWriter, rotary: Mapping[str, Tensor], tensors: Iterab
 
 
 def _contents(folded: FoldedModel, plan: GgufPlan) -> Iterable[Tensor]:
-    """Yields the bytes of the tensors in order, with one block in memory at a time."""
+    """Yield the bytes of the tensors in order, with one block in memory at a time."""
     for name, tensor in folded.non_block_tensors():
         if name in plan.non_block_tensors:
             yield plan.non_block_tensors[name].pack([tensor])
@@ -220,7 +220,7 @@ def _contents(folded: FoldedModel, plan: GgufPlan) -> Iterable[Tensor]:
 
 
 def _storage(plan: GgufPlan) -> str:
-    """Says in which types the weights are, and what they take."""
+    """Say in which types the weights are, and what they take."""
     quantized = [tensor for tensor in plan.tensors if tensor.spec is not None]
     count = sum(tensor.weights for tensor in quantized)
     bits = {tensor.type: tensor.bytes * 8 / tensor.weights for tensor in quantized}

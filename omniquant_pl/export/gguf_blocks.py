@@ -51,7 +51,7 @@ class BlockType:
         return self.bytes * 8 / self.weights
 
     def holds(self, spec: WeightSpec, columns: int) -> bool:
-        """Whether weights with that many input channels fit without rounding."""
+        """Return whether weights with that many input channels fit without rounding."""
         group = group_size_of(spec, columns)
         aligned = columns % self.weights == 0 and (group == columns or group % self.weights == 0)
         if self.offset is None:
@@ -60,7 +60,7 @@ class BlockType:
         return aligned and lowest >= -self.offset and highest < 2**self.bits - self.offset
 
     def pack(self, weight: QuantizedWeight, spec: WeightSpec) -> Tensor:
-        """Returns the bytes of a weight that it :meth:`holds`, uint8 ``[out, columns / weights * bytes]``."""
+        """Return the bytes of a weight that it :meth:`holds`, uint8 ``[out, columns / weights * bytes]``."""
         rows, columns = weight.codes.shape
         blocks = columns // self.weights
         group = torch.arange(blocks) * self.weights // weight.group_size
@@ -74,7 +74,7 @@ class BlockType:
 
 
 def exact_type(spec: WeightSpec, columns: int) -> BlockType | None:
-    """Returns the smallest type that holds weights with that many input channels exactly, if there is one."""
+    """Return the smallest type that holds weights with that many input channels exactly, if there is one."""
     return next((found for found in BLOCK_TYPES if found.holds(spec, columns)), None)
 
 
@@ -85,7 +85,7 @@ def _reach(spec: WeightSpec) -> tuple[int, int]:
 
 
 def _bits(q: Tensor, width: int, shift: int, bits: int, run: int) -> Tensor:
-    """Puts some bits of codes into bytes: byte ``i`` of a run has weights ``i``, ``i + run``, ``i + 2 * run``, ...
+    """Put some bits of codes into bytes: byte ``i`` of a run has weights ``i``, ``i + run``, ``i + 2 * run``, ...
 
     Args:
         q: Codes ``[out, blocks, weights]``.
@@ -105,17 +105,17 @@ def _bits(q: Tensor, width: int, shift: int, bits: int, run: int) -> Tensor:
 
 
 def _low(q: Tensor, bits: int, run: int) -> Tensor:
-    """The lowest bits of codes."""
+    """Return the lowest bits of codes."""
     return _bits(q, bits, 0, bits, run)
 
 
 def _high(q: Tensor, shift: int, bits: int, run: int) -> Tensor:
-    """The bits of codes from one on."""
+    """Return the bits of codes from one on."""
     return _bits(q, bits, shift, bits, run)
 
 
 def _constant(like: Tensor, values: list[int]) -> Tensor:
-    """The same bytes in every block."""
+    """Return the same bytes in every block."""
     return torch.tensor(values, dtype=torch.uint8).expand(*like.shape[:2], len(values))
 
 

@@ -13,12 +13,12 @@ _FLOAT32 = 0  # GGML_TYPE_F32
 
 
 def _first_file(folder: Path) -> Path:
-    """The file that names the others, if there are several."""
+    """Return the file that names the others, if there are several."""
     return min(folder.glob("*.gguf"))
 
 
 def llama_cpp_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Loads a folder with llama-cpp-python, on the CPU, keys and values in float32.
+    """Load a folder with llama-cpp-python, on the CPU, keys and values in float32.
 
     Args:
         folder: An exported folder.

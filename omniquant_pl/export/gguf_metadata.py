@@ -36,7 +36,7 @@ _ROTARY_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def refusal(model_type: str, config: Any) -> str | None:
-    """Returns what llama.cpp would compute otherwise than transformers, ``None`` if it computes the same.
+    """Return what llama.cpp would compute otherwise than transformers, ``None`` if it computes the same.
 
     Args:
         model_type: The family.
@@ -102,7 +102,7 @@ def _rotary_refusal(model_type: str, config: Any) -> str | None:
 
 
 def hyperparameters(model_type: str, config: Any, heads: AttentionShape) -> dict[str, Value]:
-    """Returns what llama.cpp has to know of a model, by keys without the architecture that they begin with.
+    """Return what llama.cpp has to know of a model, by keys without the architecture that they begin with.
 
     Args:
         model_type: The family.
@@ -131,7 +131,7 @@ def hyperparameters(model_type: str, config: Any, heads: AttentionShape) -> dict
 
 
 def _context_length(model_type: str, config: Any) -> int:
-    """Positions; where llama.cpp has no sliding window in a family, only as many as the first window has."""
+    """Return the positions; where llama.cpp has no sliding window in a family, only as many as the first window has."""
     positions = int(config.max_position_embeddings)
     window = int(getattr(config, "sliding_window", None) or 0)
     kinds = getattr(config, "layer_types", None)
@@ -159,7 +159,7 @@ def _experts(config: Any) -> dict[str, Value]:
 
 
 def _rotary_settings(config: Any) -> dict[str, dict[str, Any]]:
-    """Settings of rotary embeddings by kind of layer; of all layers under the name of those that see everything."""
+    """Return the settings of rotary embeddings by kind of layer."""
     settings = config.rope_parameters
     return dict(settings) if "full_attention" in settings else {"full_attention": settings}
 
@@ -194,7 +194,7 @@ def _original_positions(config: Any, rope: dict[str, Any]) -> int:
 
 
 def rotary_tensors(config: Any, heads: AttentionShape) -> dict[str, Tensor]:
-    """Returns divisors of the rotary frequencies, float32 ``[rotary_dim / 2]``, by their names in the file.
+    """Return divisors of the rotary frequencies, float32 ``[rotary_dim / 2]``, by their names in the file.
 
     Args:
         config: The model's configuration (its part for text).

@@ -65,7 +65,7 @@ class Architecture:
     must_untie: bool = False
 
     def block_place(self, index: int, name: str, experts: Experts | None) -> Place | None:
-        """Returns where a tensor of a block stands, ``None`` if llama.cpp has no place for it.
+        """Return where a tensor of a block stands, ``None`` if llama.cpp has no place for it.
 
         Args:
             index: Position of the block.
@@ -80,7 +80,7 @@ class Architecture:
         return self._place(f"blk.{index}.", self.block.get(module), leaf)
 
     def non_block_place(self, name: str) -> Place | None:
-        """Returns where a tensor around the blocks stands, ``None`` if llama.cpp has no place for it."""
+        """Return where a tensor around the blocks stands, ``None`` if llama.cpp has no place for it."""
         module, _, leaf = name.rpartition(".")
         return self._place("", self.non_block_tensors.get(module.rpartition(".")[2]), leaf)
 
@@ -91,11 +91,11 @@ class Architecture:
 
     @staticmethod
     def is_unused(name: str) -> bool:
-        """Whether nothing reads a tensor that is found in a checkpoint."""
+        """Return whether nothing reads a tensor that is found in a checkpoint."""
         return name.endswith(_IN_CHECKPOINTS_ONLY)
 
     def offset(self, name: str) -> float:
-        """Returns what is added to a tensor, by its name in the file."""
+        """Return what is added to a tensor, by its name in the file."""
         return self.norm_offset if name.endswith("_norm.weight") else 0.0
 
 
@@ -113,7 +113,7 @@ def _keys(heads: AttentionShape, rows: int) -> Tensor:
 
 
 def _ungrouped(heads: AttentionShape, rows: int) -> Tensor:
-    """All queries, then all keys, then all values, of a projection that has them kv head after kv head."""
+    """Return all queries, then all keys, then all values, of a projection that has them kv head after kv head."""
     parts = (Part("", "query", "grouped"), Part("", "key", "grouped"), Part("", "value", "grouped"))
     return torch.cat([part.rows(heads, rows) for part in parts])
 

@@ -67,7 +67,7 @@ class FileTensor:
         return 0 if self.spec is None else round(self.bytes * per_byte)
 
     def pack(self, parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
-        """Returns its bytes, uint8 :attr:`file_shape`."""
+        """Return its bytes, uint8 :attr:`file_shape`."""
         return torch.stack([self._pack(part) for part in parts]).view(self.file_shape)
 
     def _pack(self, part: Tensor | QuantizedWeight) -> Tensor:
@@ -88,7 +88,7 @@ class FileTensor:
 
 
 def linear_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
-    """Returns why no type holds a quantized weight ``(out, in)`` without rounding, ``None`` if one does."""
+    """Return why no type holds a quantized weight ``(out, in)`` without rounding, ``None`` if one does."""
     columns = shape[1]
     if spec.scale_dtype == "float32":
         return "llama.cpp's blocks have scales in float16; set model.weights.scale_dtype to it"
@@ -99,12 +99,12 @@ def linear_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
 
 
 def _is_too_wide(spec: WeightSpec) -> bool:
-    """Whether no block has as many values as ``code - zero_point``: 8 bit with zero points."""
+    """Return whether no block has as many values as ``code - zero_point``: 8 bit with zero points."""
     return exact_type(replace(spec, group_size=None), max(found.weights for found in BLOCK_TYPES)) is None
 
 
 def places(source: SourceModel, architecture: Architecture, index: int | None) -> Iterator[tuple[str, Place | None]]:
-    """Yields where the tensors of a block stand, or those around the blocks, by their names in the checkpoint.
+    """Yield where the tensors of a block stand, or those around the blocks, by their names in the checkpoint.
 
     What nothing reads is left out: a head that is tied, an encoder of images.
 

@@ -81,7 +81,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Vocabulary:
-    """Returns the vocabulary of a model, without tokens if it has no tokenizer.
+    """Return the vocabulary of a model, without tokens if it has no tokenizer.
 
     A normalizer to NFC, as Qwen's, is left out: llama.cpp has none.
 
@@ -114,7 +114,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Voc
 
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Merges as pairs; older files have them in one string."""
+    """Merge as pairs; older files have them in one string."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -159,14 +159,14 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, Value]:
 
 
 def _steps(component: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Takes a normalizer or pre-tokenizer apart."""
+    """Take a normalizer or pre-tokenizer apart."""
     if component is None:
         return []
     return [dict(step) for step in (component[key] if component["type"] == "Sequence" else [component])]
 
 
 def _pre_tokenizer(state: Mapping[str, Any]) -> str:
-    """Returns llama.cpp's name for the way in which text is cut."""
+    """Return llama.cpp's name for the way in which text is cut."""
     normalizers = [step["type"] for step in _steps(state["normalizer"], "normalizers")]
     steps = _steps(state["pre_tokenizer"], "pretokenizers")
     if normalizers not in ([], ["NFC"]) or not steps or steps[-1]["type"] != "ByteLevel":
@@ -184,7 +184,7 @@ def _pre_tokenizer(state: Mapping[str, Any]) -> str:
 
 
 def _names(steps: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, bool]]:
-    """Returns llama.cpp's names for steps of which the last is byte-level."""
+    """Return llama.cpp's names for steps of which the last is byte-level."""
     *before, last = steps
     if last.get("use_regex", True):
         if not before:
@@ -201,13 +201,13 @@ def _names(steps: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, bool]]:
 
 
 def _merges_reach_all(model: Mapping[str, Any]) -> bool:
-    """Whether merges alone make every token, so that it is the same to leave them out for words that are tokens."""
+    """Return whether merges alone make every token, so that words that are tokens need none of their own."""
     bpe = BPE(model["vocab"], _merges(model))
     return all(len(bpe.tokenize(token)) == 1 for token in model["vocab"])
 
 
 def _prepends_space(state: Mapping[str, Any]) -> bool:
-    """Whether SentencePiece's space is put in front of text."""
+    """Return whether SentencePiece's space is put in front of text."""
     normalizers = _steps(state["normalizer"], "normalizers")
     steps = _steps(state["pre_tokenizer"], "pretokenizers")
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -221,7 +221,7 @@ def _prepends_space(state: Mapping[str, Any]) -> bool:
 
 
 def _scores(state: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """Returns scores that order pieces as the merges do.
+    """Return scores that order pieces as the merges do.
 
     From a SentencePiece model merges are made as all pairs of pieces that a piece consists of, the piece with the
     highest score first. Its score is then as good as its place.

@@ -35,7 +35,7 @@ class HubRepository:
             self._api.create_repo(name, private=private, exist_ok=True)
 
     def upload(self, folder: Path) -> str:
-        """Uploads a folder in one commit, and returns the address of the repository.
+        """Upload a folder in one commit, and return the address of the repository.
 
         Raises:
             ConfigurationError: If the hub refuses or does not answer.
@@ -47,7 +47,7 @@ class HubRepository:
 
 @contextmanager
 def _in_one_line(name: str) -> Iterator[None]:
-    """Says what a person can do about an error of the hub."""
+    """Say what a person can do about an error of the hub."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined] # httpx's, of any version
 

@@ -99,7 +99,7 @@ class MlcExport(Export):
 
 
 def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors by MLC-LLM's names, with one block in memory at a time."""
+    """Yield all tensors by MLC-LLM's names, with one block in memory at a time."""
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     for name, tensor in folded.non_block_tensors():
         own = names.get(name.removeprefix("model."), name)
@@ -115,7 +115,7 @@ def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Ite
 def _block(
     stored: Mapping[str, str], block: FoldedTensors, folded: FoldedModel, family: MlcFamily
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields a block's tensors by their names in it, fused ones where the first of them stands."""
+    """Yield a block's tensors by their names in it, fused ones where the first of them stands."""
     fused = {part: (own, parts) for own, parts in family.fused.items() for part in parts}
     for name in stored:
         module, _, leaf = name.rpartition(".")
@@ -142,7 +142,7 @@ def _half(name: str, tensor: Tensor) -> Tensor:
 
 
 def _chat_config(source: SourceModel, folder: Path) -> dict[str, Any]:
-    """Returns ``mlc-chat-config.json``; the keys are those of mlc_llm/protocol/mlc_chat_config.py."""
+    """Return ``mlc-chat-config.json``; the keys are those of mlc_llm/protocol/mlc_chat_config.py."""
     tokenizer, config = (
         source.tokenizer,
         model_config(model_type(source), source.config, source.attention, is_tied(source)),
@@ -179,7 +179,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer_info(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Says how tokens become text, as cpp/tokenizers/tokenizers.cc finds it out."""
+    """Say how tokens become text, as cpp/tokenizers/tokenizers.cc finds it out."""
     decoders = _steps(state.get("decoder"), "decoders")
     normalizers = _steps(state.get("normalizer"), "normalizers")
     is_byte_level = any(step["type"] == "ByteLevel" for step in decoders)
@@ -198,7 +198,7 @@ def _steps(component: Mapping[str, Any] | None, key: str) -> list[Mapping[str, A
 
 
 def _plain_template(bos: int | None, eos: int | list[int] | None) -> dict[str, Any]:
-    """Returns a conversation that is nothing but its text."""
+    """Return a conversation that is nothing but its text."""
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return {
         "name": "LM",

@@ -20,7 +20,7 @@ _DTYPES = {torch.int32: "uint32", torch.float16: "float16"}
 
 
 def write_tensor_cache(folder: Path, tensors: Iterable[tuple[str, Tensor]], weights: int, limit: int) -> None:
-    """Writes tensors in order, without ever holding more than one shard.
+    """Write tensors in order, without ever holding more than one shard.
 
     Read in python/tvm/contrib/tvmjs.py.
 

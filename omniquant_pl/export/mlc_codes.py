@@ -26,7 +26,7 @@ _BITS, _OFFSET = 4, 7
 
 
 def weight_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
-    """Returns why a weight ``(out, in)`` does not fit without rounding, ``None`` if it does."""
+    """Return why a weight ``(out, in)`` does not fit without rounding, ``None`` if it does."""
     columns = shape[1]
     if spec.scale_dtype == "float32":
         return "scales are float16 there; set model.weights.scale_dtype to it"
@@ -42,7 +42,7 @@ def weight_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
 
 
 def pack_codes(weight: QuantizedWeight, spec: WeightSpec) -> tuple[Tensor, Tensor]:
-    """Returns words and scales of a weight that fits.
+    """Return words and scales of a weight that fits.
 
     There is room for -7 to 8, and symmetric codes of 4 bit go from -8 to 7: with codes and scale negated they fit.
 

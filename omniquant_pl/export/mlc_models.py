@@ -47,7 +47,7 @@ FAMILIES: Mapping[str, MlcFamily] = {
 
 
 def model_refusal(model_type: str, config: Any, is_tied: bool) -> str | None:
-    """Returns what MLC-LLM would compute otherwise than transformers, ``None`` if it computes the same.
+    """Return what MLC-LLM would compute otherwise than transformers, ``None`` if it computes the same.
 
     Args:
         model_type: The family.
@@ -73,7 +73,7 @@ def model_refusal(model_type: str, config: Any, is_tied: bool) -> str | None:
 
 
 def model_config(model_type: str, config: Any, heads: AttentionShape, is_tied: bool) -> dict[str, Any]:
-    """Returns what stands under ``model_config`` in ``mlc-chat-config.json``.
+    """Return what stands under ``model_config`` in ``mlc-chat-config.json``.
 
     Args:
         model_type: The family.

@@ -33,7 +33,7 @@ _TOKENS = 4
 
 @torch.no_grad()
 def _logits(folder: Path, tokens: Tensor) -> Tensor:
-    """A few tokens at a time, as ``generate`` does: of more, products take the dequantized weight.
+    """Return a few tokens at a time, as ``generate`` does: of more, products take the dequantized weight.
 
     In float64 where activations are quantized: packed products take their sums in another order.
     """
@@ -87,7 +87,7 @@ class PackedExport(SafetensorsExport):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> PreTrainedModel:
-        """Returns what :func:`omniquant_pl.runtime.load_packed` would of this export, without writing it.
+        """Return what :func:`omniquant_pl.runtime.load_packed` would of this export, without writing it.
 
         One block at a time is folded and packed.
 

@@ -17,7 +17,7 @@ __all__ = ["FORMATS", "FormatName", "formats_help", "open_format"]
 
 
 def _formats() -> Iterator[type[Export]]:
-    """Every format that a module of this package defines, so that a new one is one new file."""
+    """Return every format that a module of this package defines, so that a new one is one new file."""
     for found in pkgutil.iter_modules(package.__path__):
         module = import_module(f"{package.__name__}.{found.name}")
         for _, kind in inspect.getmembers(module, inspect.isclass):
@@ -44,7 +44,7 @@ def formats_help() -> str:
 def open_format(
     name: str, model: OmniQuantModel, dtype: StorageDtype | None = None, shard_bytes: int = 5_000_000_000
 ) -> Export:
-    """Returns a format that can hold a model.
+    """Return a format that can hold a model.
 
     Args:
         name: Its name.

@@ -78,7 +78,7 @@ def _references(name: Any) -> Iterator[str]:
 
 
 def _is_there(reference: str, folder: Path) -> bool:
-    """Whether a class is code of another repository of the hub, or of a file of the folder."""
+    """Return whether a class is code of another repository of the hub, or of a file of the folder."""
     return "--" in reference or (folder / _file_of(reference)).is_file()
 
 

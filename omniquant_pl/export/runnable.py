@@ -22,7 +22,7 @@ _WHAT_FOR = "to read a prompt with"
 def open_runnable(
     model: OmniQuantModel, run: RunFolder, packed: Path | None, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Returns the quantized model and its tokenizer.
+    """Return the quantized model and its tokenizer.
 
     Args:
         model: The run's settings.
@@ -51,7 +51,7 @@ def open_runnable(
 
 
 def _is_current(packed: Path, run: RunFolder) -> bool:
-    """Whether a packed folder is there and was written after the factors of every block."""
+    """Return whether a packed folder is there and was written after the factors of every block."""
     config = packed / "config.json"
     if not config.is_file():
         return False

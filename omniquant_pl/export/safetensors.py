@@ -31,29 +31,29 @@ class SafetensorsExport(Export):
 
     @abstractmethod
     def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
-        """Returns what :meth:`pack` will return, by suffix, before anything has been read."""
+        """Return what :meth:`pack` will return, by suffix, before anything has been read."""
 
     @abstractmethod
     def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
-        """Returns the tensors of one quantized weight by suffix."""
+        """Return the tensors of one quantized weight by suffix."""
 
     @abstractmethod
     def quantization_config(self, model: OmniQuantModel) -> Mapping[str, Any] | None:
-        """Returns what stands under ``quantization_config`` in ``config.json``; ``None`` for nothing."""
+        """Return what stands under ``quantization_config`` in ``config.json``; ``None`` for nothing."""
 
     @abstractmethod
     def storage(self, model: OmniQuantModel) -> str:
-        """Returns one sentence for the model card: how weights are stored and what loads them."""
+        """Return one sentence for the model card: how weights are stored and what loads them."""
 
     def dtype_of(self, folded: FoldedModel, name: str) -> torch.dtype:
-        """Returns what a tensor that is not quantized is stored in."""
+        """Return what a tensor that is not quantized is stored in."""
         if self.dtype is None:
             return folded.exact_dtype(name)
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
     def config_dtype(self, config: Mapping[str, Any]) -> str:
-        """Returns the dtype that a program computes in unless told otherwise: the source's own, or the one asked for.
+        """Return the dtype that a program computes in unless told otherwise: the source's own, or the one asked for.
 
         Args:
             config: The source's ``config.json``.
@@ -81,7 +81,7 @@ class SafetensorsExport(Export):
             write_text(target / "README.md", model_card(model, run, self.storage(model), quantizes, self.library))
 
     def _planned(self, folded: FoldedModel) -> dict[str, Stored]:
-        """What will be stored, in the order of :meth:`_tensors`."""
+        """Return what will be stored, in the order of :meth:`_tensors`."""
         planned: dict[str, Stored] = {}
         names = [*folded.non_block_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
         for name in names:
@@ -110,7 +110,7 @@ class SafetensorsExport(Export):
                 yield name, block.tensors[name]
 
     def _config(self, model: OmniQuantModel) -> dict[str, Any]:
-        """The source's own configuration with the dtype and how it is quantized."""
+        """Return the source's own configuration with the dtype and how it is quantized."""
         source = config_for(model)
         config = {key: value for key, value in source.items() if key != "torch_dtype"}
         config["dtype"] = self.config_dtype(source)

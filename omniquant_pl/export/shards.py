@@ -55,7 +55,7 @@ class ShardWriter:
         self._file: BinaryIO | None = None
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the next tensors.
+        """Take the next tensors.
 
         Raises:
             ValueError: If one is not what was planned to come next.
@@ -72,7 +72,7 @@ class ShardWriter:
             self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def _start(self, path: Path, names: list[str]) -> None:
-        """Begins a file: the length of the header, the header, then the tensors one after another."""
+        """Begin a file: the length of the header, the header, then the tensors one after another."""
         self._close()
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -93,7 +93,7 @@ class ShardWriter:
             self._file = None
 
     def finish(self) -> None:
-        """Writes the index if there are several files.
+        """Write the index if there are several files.
 
         Raises:
             ValueError: If a tensor that was planned has not come.

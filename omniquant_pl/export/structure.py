@@ -28,17 +28,17 @@ __all__ = [
 
 
 def model_type(source: SourceModel) -> str:
-    """Returns the family, which that of the checkpoint is opened as if it is another."""
+    """Return the family, which that of the checkpoint is opened as if it is another."""
     return str(source.config_json["model_type"])
 
 
 def is_tied(source: SourceModel) -> bool:
-    """Returns whether the head's weight is the embedding's."""
+    """Return whether the head's weight is the embedding's."""
     return source.is_tied
 
 
 def first_refusal(model: OmniQuantModel, refusal: Callable[[WeightSpec, tuple[int, ...]], str | None]) -> str | None:
-    """Returns the first linear that a format does not hold and why, ``None`` if it holds all.
+    """Return the first linear that a format does not hold and why, ``None`` if it holds all.
 
     Args:
         model: The settings.
@@ -52,7 +52,7 @@ def first_refusal(model: OmniQuantModel, refusal: Callable[[WeightSpec, tuple[in
 
 
 def block_kinds(source: SourceModel) -> Iterator[tuple[int, BlockLayout, nn.Module]]:
-    """Yields index, layout and modules, without storage, of one block of each layout."""
+    """Yield index, layout and modules, without storage, of one block of each layout."""
     seen: list[BlockLayout] = []
     for index, layout in enumerate(source.layouts):
         if layout not in seen:
@@ -63,7 +63,7 @@ def block_kinds(source: SourceModel) -> Iterator[tuple[int, BlockLayout, nn.Modu
 
 
 def expert_linears(source: SourceModel) -> set[str]:
-    """Returns the linears of experts that transformers holds as 3-D weights, by their names in the checkpoint."""
+    """Return the linears of experts that transformers holds as 3-D weights, by their names in the checkpoint."""
     found: set[str] = set()
     for index, layout in enumerate(source.layouts):
         if layout.experts is not None:
@@ -73,13 +73,13 @@ def expert_linears(source: SourceModel) -> set[str]:
 
 
 def rewritten_linears(source: SourceModel) -> set[str]:
-    """Returns the classes of quantized linears that are no plain ``nn.Linear``, as Falcon's."""
+    """Return the classes of quantized linears that are no plain ``nn.Linear``, as Falcon's."""
     modules = (block.get_submodule(name) for _, layout, block in block_kinds(source) for name in layout.linears)
     return {type(module).__name__ for module in modules if type(module) is not nn.Linear}
 
 
 def unquantized_matrices(source: SourceModel) -> set[str]:
-    """Returns the modules in blocks that hold a matrix which is not quantized, as routers.
+    """Return the modules in blocks that hold a matrix which is not quantized, as routers.
 
     They are named as in the model and as in the checkpoint, from behind the block's own name.
     """
@@ -94,7 +94,7 @@ def unquantized_matrices(source: SourceModel) -> set[str]:
 
 
 def ragged_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
-    """Returns that the last group of a weight ``(out, in)`` has fewer channels than the others, if it has."""
+    """Return that the last group of a weight ``(out, in)`` has fewer channels than the others, if it has."""
     columns = shape[1]
     group_size = group_size_of(spec, columns)
     return f"{columns} input channels are no multiple of the group size {group_size}" if columns % group_size else None
@@ -102,7 +102,7 @@ def ragged_refusal(spec: WeightSpec, shape: tuple[int, ...]) -> str | None:
 
 @torch.no_grad()
 def row_linears(source: SourceModel) -> set[str]:
-    """Returns the linears of the first block that get rows ``[tokens, in]``, not ``[batch, tokens, in]``, as OPT's MLP.
+    """Return the linears of the first block that get rows ``[tokens, in]``, not ``[batch, tokens, in]``, as OPT's MLP.
 
     The block runs with weights that are all zero and take no memory.
     """

@@ -56,7 +56,7 @@ class Verification:
             raise ConfigurationError("verify", message)
 
     def run(self, model: OmniQuantModel, run: RunFolder, output: Path) -> list[ClientResult]:
-        """Compares logits.
+        """Compare logits.
 
         Args:
             model: The run's settings.
@@ -86,7 +86,7 @@ def calibrated_logits(
     quantizes_activations: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns what the calibrated model computes, one block in memory at a time, on the CPU.
+    """Return what the calibrated model computes, one block in memory at a time, on the CPU.
 
     Args:
         model: The run's settings.
@@ -112,7 +112,7 @@ def calibrated_logits(
 
 
 def verification_table(results: list[ClientResult]) -> Table:
-    """Returns a table with one program a row."""
+    """Return a table with one program a row."""
     table = Table("program", "relative error of the logits", "allowed", "")
     for result in results:
         client = result.client
@@ -125,7 +125,7 @@ def verification_table(results: list[ClientResult]) -> Table:
 
 
 def check_agreement(results: list[ClientResult]) -> None:
-    """Refuses an export that a program does not compute the calibrated model from.
+    """Refuse an export that a program does not compute the calibrated model from.
 
     Raises:
         CalibrationError: It names the programs.

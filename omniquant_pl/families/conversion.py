@@ -60,15 +60,15 @@ _CONVERSIONS: dict[str, Conversion] = {}
 
 
 def register_conversion(model_type: str, conversion: Conversion) -> None:
-    """Makes known how checkpoints of a family that transformers lacks are opened."""
+    """Make known how checkpoints of a family that transformers lacks are opened."""
     _CONVERSIONS[model_type] = conversion
 
 
 def converted_families() -> tuple[str, ...]:
-    """Returns every ``model_type`` whose checkpoints are opened as another family's."""
+    """Return every ``model_type`` whose checkpoints are opened as another family's."""
     return tuple(_CONVERSIONS)
 
 
 def conversion_of(model_type: str) -> Conversion | None:
-    """Returns how checkpoints of a family are opened as another's, ``None`` where they are opened as they are."""
+    """Return how checkpoints of a family are opened as another's, ``None`` where they are opened as they are."""
     return _CONVERSIONS.get(model_type)

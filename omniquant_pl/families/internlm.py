@@ -115,7 +115,7 @@ def _llama_config(config: Mapping[str, Any], tensors: Mapping[str, StoredPart]) 
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns scaled rotary embeddings in LLaMA's words, from those of any of the three."""
+    """Return scaled rotary embeddings in LLaMA's words, from those of any of the three."""
     rotary, scaling = config.get("rotary"), config.get("rope_scaling")
     if rotary and rotary["type"] != "origin":
         return {"rope_type": rotary["type"], "factor": rotary.get("scaling_factor", 1.0)}
@@ -130,7 +130,7 @@ def _heads(config: Mapping[str, Any]) -> AttentionShape:
 
 
 def _stored(shapes: Shapes) -> list[str]:
-    """Names of the stored tensors, without rotary frequencies, which are computed."""
+    """Return the names of the stored tensors, without rotary frequencies, which are computed."""
     return [name for name in shapes if not name.endswith(".inv_freq")]
 
 

@@ -34,7 +34,7 @@ class PairLayout(Protocol):
         """The pair's name in files."""
 
     def build(self, tensors: Mapping[str, Tensor], shape: AttentionShape, shift: bool, /) -> Pair:
-        """Returns the learnable pair for a block with these weights and heads, with a shift where it can have one."""
+        """Return the learnable pair for a block with these weights and heads, with a shift where it can have one."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Experts:
     down: str
 
     def projections(self, index: int) -> tuple[str, str, str]:
-        """Returns the dotted names of one expert's gate, up and down projection, relative to the block."""
+        """Return the dotted names of one expert's gate, up and down projection, relative to the block."""
         gate, up, down = (f"{self.module}.{index}.{kind}" for kind in (self.gate, self.up, self.down))
         return gate, up, down
 
@@ -83,7 +83,7 @@ class BlockLayout:
 
 
 def attention_shape(config: PretrainedConfig) -> AttentionShape:
-    """Reads the heads from a model's configuration, under the names that most families use."""
+    """Read the heads from a model's configuration, under the names that most families use."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return AttentionShape(heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
@@ -119,7 +119,7 @@ class Family:
     head: NormToLinears | None = None
 
     def stored_name(self, name: str) -> str:
-        """Returns the name that a tensor of the model has in checkpoints."""
+        """Return the name that a tensor of the model has in checkpoints."""
         for own, other in self.stored:
             name = name.replace(own, other)
         return name
@@ -129,7 +129,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(model_type: str, family: Family, **changes: Any) -> None:
-    """Makes a family known.
+    """Make a family known.
 
     Args:
         model_type: ``model_type`` in the checkpoint's ``config.json``.
@@ -140,7 +140,7 @@ def register(model_type: str, family: Family, **changes: Any) -> None:
 
 
 def registered_families() -> tuple[str, ...]:
-    """Returns every known ``model_type``, sorted, those that are opened as another's among them."""
+    """Return every known ``model_type``, sorted, those that are opened as another's among them."""
     return tuple(sorted({*_FAMILIES, *converted_families()}))
 
 
@@ -151,7 +151,7 @@ def unknown_family(model_type: str) -> str | None:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """Returns the description of a model's family.
+    """Return the description of a model's family.
 
     Raises:
         ConfigurationError: If nobody registered the family, or this model of it cannot be quantized.

@@ -24,7 +24,7 @@ def mixture_block(
     routers: tuple[str, ...],
     shared: tuple[Projections, ...] = (),
 ) -> BlockLayout:
-    """Returns the layout of a block with a mixture of experts, from that of the same block with a dense MLP.
+    """Return the layout of a block with a mixture of experts, from that of the same block with a dense MLP.
 
     Routers stay in full precision. They read the norm as the experts do, so that its scale is taken back in their
     columns and every token goes to the experts that it went to before.
@@ -63,7 +63,7 @@ def routing_refusal(config: Any, count: int) -> str | None:
 
 
 def unfused_experts(shapes: Shapes, experts: Experts, stored_name: Callable[[str], str]) -> dict[str, StoredPart]:
-    """Finds the experts of a checkpoint that stores them as transformers holds them, in 3-D tensors.
+    """Find the experts of a checkpoint that stores them as transformers holds them, in 3-D tensors.
 
     ``gate_up_proj`` is ``[experts, 2 * intermediate, hidden]``, the gates first; ``down_proj`` is ``[experts, hidden,
     intermediate]``. Published checkpoints, and what ``save_pretrained`` writes by default, have single experts.

@@ -34,7 +34,7 @@ def map_hidden_states(
     splits: bool = True,
     micro_batch_size: int | None = None,
 ) -> HiddenStates:
-    """Applies a function to the samples of a stream, or to token ids, some at a time.
+    """Apply a function to the samples of a stream, or to token ids, some at a time.
 
     Where the streams are not on the device, the next batch is read and the last one written while the function runs.
 
@@ -106,7 +106,7 @@ class _Writer:
 
 
 def read_ahead(values: Iterator[_T]) -> Iterator[_T]:
-    """Yields values, each read by another thread while the one before it is used."""
+    """Yield values, each read by another thread while the one before it is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="omniquant-read") as pool:
         end = object()
         following = pool.submit(next, values, end)
@@ -132,15 +132,15 @@ class BatchOrder:
         self._first_epoch = 0
 
     def start_block(self, epoch: int) -> None:
-        """Counts epochs from here on: Lightning counts them over all blocks."""
+        """Count epochs from here on: Lightning counts them over all blocks."""
         self._first_epoch, self.epoch = epoch, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
+        """Set the epoch; Lightning calls this before every one."""
         self.epoch = epoch - self._first_epoch
 
     def __call__(self) -> Tensor:
-        """Returns the sample indices ``[samples]`` of the current epoch."""
+        """Return the sample indices ``[samples]`` of the current epoch."""
         if not self.shuffle:
             return torch.arange(self.samples)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -168,11 +168,11 @@ class HiddenStateBatches:
         self._first = self._done = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Returns how far the current epoch is; Lightning keeps it in checkpoints."""
+        """Return how far the current epoch is; Lightning keeps it in checkpoints."""
         return {"done": self._done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Lets the next epoch begin where another one was."""
+        """Let the next epoch begin where another one was."""
         self._first = state["done"]
 
     def __len__(self) -> int:
@@ -180,11 +180,11 @@ class HiddenStateBatches:
         return math.ceil(self.sampler.samples / self.batch_size)
 
     def samples_of(self, number: int) -> int:
-        """Returns how many samples a batch has in all shares, by its position in the epoch."""
+        """Return how many samples a batch has in all shares, by its position in the epoch."""
         return min(self.batch_size, self.sampler.samples - number * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yields batches in float32 on the device, read by another thread while the one before is used if need be."""
+        """Yield batches in float32 on the device, read by another thread while the one before is used if need be."""
         first, self._first = self._first, 0
         order = self.sampler().split(self.batch_size)[first:]
         batches = (self._read(self._own(indices)) for indices in order)
@@ -194,7 +194,7 @@ class HiddenStateBatches:
             yield batch
 
     def _own(self, indices: Tensor) -> Tensor:
-        """Where in the streams those of some samples are that this share has."""
+        """Return where in the streams those of some samples are that this share has."""
         return indices[indices % self._shares == self._share] // self._shares
 
     def _read(self, indices: Tensor) -> tuple[Tensor, ...]:

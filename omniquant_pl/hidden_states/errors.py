@@ -17,18 +17,18 @@ __all__ = ["mean_square", "mean_squared_error"]
 
 
 def mean_square(values: HiddenStates, group: Group) -> float:
-    """Returns the mean square over the shares of a group, a few samples at a time: no copy of the whole is made."""
+    """Return the mean square over the shares of a group, a few samples at a time: no copy of the whole is made."""
     return _mean(map(_squares, values.parts()), values, group)
 
 
 def mean_squared_error(output: HiddenStates, target: HiddenStates, group: Group) -> float:
-    """Returns the mean squared error likewise."""
+    """Return the mean squared error likewise."""
     parts = zip(output.parts(), target.parts(), strict=True)
     return _mean((_squares(one - other) for one, other in parts), output, group)
 
 
 def _squares(values: Tensor) -> list[float]:
-    """The sum of squares of every sample."""
+    """Return the sum of squares of every sample."""
     return cast("list[float]", values.square().flatten(1).sum(1, dtype=exact_dtype(values.device)).tolist())
 
 

@@ -36,7 +36,7 @@ class PersistedHiddenStates:
         self._index = storage.folder / "streams.json"
 
     def keep(self, position: int, streams: HiddenStatePair) -> None:
-        """Keeps the streams in front of a block, in the place of those that were kept before."""
+        """Keep the streams in front of a block, in the place of those that were kept before."""
         if self._storage.place != "disk" or streams.are_equal:
             return
         files = {}
@@ -59,7 +59,7 @@ class PersistedHiddenStates:
                 path.unlink()
 
     def restore(self, last: int) -> tuple[int, HiddenStatePair] | None:
-        """Returns the streams that are kept and in front of which block, at most one; ``None`` if there are none."""
+        """Return the streams that are kept and in front of which block, at most one; ``None`` if there are none."""
         content = self._read_index()
         if self._storage.place != "disk" or not content or content["position"] > last:
             return None
@@ -79,13 +79,13 @@ class PersistedHiddenStates:
         return content["position"], HiddenStatePair(*opened)
 
     def remove(self) -> None:
-        """Deletes what is kept, when the calibration is finished."""
+        """Delete what is kept, when the calibration is finished."""
         for path in self._folder.glob("*.bin") if self._folder.is_dir() else ():
             path.unlink()
         self._index.unlink(missing_ok=True)
 
     def _read_index(self) -> dict[str, Any]:
-        """The description of what is kept, empty where there is none or it is damaged."""
+        """Return the description of what is kept, empty where there is none or it is damaged."""
         try:
             found = json.loads(self._index.read_text(encoding="utf-8"))
             content: dict[str, Any] = found["content"]

@@ -33,7 +33,7 @@ class HiddenStates:
         return self.values.shape
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.values)
 
     @property
@@ -42,7 +42,7 @@ class HiddenStates:
         return self.values.device == self.device and self.path is None
 
     def read(self, samples: slice | Tensor) -> Tensor:
-        """Returns some samples in float32 on the device; a slice of a stream that is there in float32 is a view."""
+        """Return some samples in float32 on the device; a slice of a stream that is there in float32 is a view."""
         part = self.values[samples if isinstance(samples, slice) else samples.to(self.values.device)]
         if self.path is not None:
             part = part.clone()  # a view would be read from the file where it is used
@@ -51,16 +51,16 @@ class HiddenStates:
         return part.to(self.device, non_blocking=True).float()
 
     def write(self, samples: slice, hidden: Tensor) -> None:
-        """Stores some samples."""
+        """Store some samples."""
         self.values[samples].copy_(hidden)
 
     def parts(self, size: int = 8) -> Iterator[Tensor]:
-        """Yields the samples in order, some at a time."""
+        """Yield the samples in order, some at a time."""
         for start in range(0, len(self), size):
             yield self.read(slice(start, start + size))
 
     def keep_as(self, path: Path) -> None:
-        """Gives the stream's file a name that it keeps when the stream is gone."""
+        """Give the stream's file a name that it keeps when the stream is gone."""
         assert self.path is not None
         assert self._removal is not None
         self._removal.detach()
@@ -85,5 +85,5 @@ class HiddenStatePair:
         return self.full_precision is self.quantized
 
     def advance(self, full_precision: HiddenStates, quantized: HiddenStates) -> None:
-        """Moves both streams behind the block."""
+        """Move both streams behind the block."""
         self.full_precision, self.quantized = full_precision, quantized

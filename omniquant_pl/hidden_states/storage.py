@@ -26,7 +26,7 @@ _SHARE = 0.4
 
 
 def storage_tier_for(streams_bytes: int, budget: BudgetSpec, device: torch.device, processes: int = 1) -> StorageTier:
-    """Returns the first place that has room.
+    """Return the first place that has room.
 
     Args:
         streams_bytes: What all streams of a block need together.
@@ -46,13 +46,13 @@ def _bytes(gigabytes: float | None, free: Callable[[], int]) -> float:
 
 
 def _free_device(device: torch.device) -> int:
-    """Bytes that nobody has taken, and those that torch keeps for tensors to come: it took them in an earlier pass."""
+    """Return the bytes that are free on a device, those that torch's allocator caches among them."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def _free_host() -> int:
-    """Bytes that programs may still take; of machines that do not tell, all that is there."""
+    """Return the bytes that programs may still take; of machines that do not tell, all that is there."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
@@ -75,7 +75,7 @@ class MemoryBudget:
     """How many of this machine need as much, each with a device of its own."""
 
     def storage(self, numbers: int, dtype: torch.dtype = torch.float32, keeps: bool = False) -> Storage:
-        """Returns the first place that has room for so many numbers, of all streams that there are at once.
+        """Return the first place that has room for so many numbers, of all streams that there are at once.
 
         Args:
             numbers: How many.
@@ -107,7 +107,7 @@ class Storage:
         self._keeps = keeps
 
     def empty(self, shape: torch.Size | tuple[int, ...]) -> HiddenStates:
-        """Returns a stream that has not been written yet, for hidden states ``[samples, tokens, channels]``.
+        """Return a stream that has not been written yet, for hidden states ``[samples, tokens, channels]``.
 
         Raises:
             OSError: If there is no room on the disk.
@@ -131,14 +131,14 @@ class Storage:
         return stream
 
     def open(self, path: Path, shape: torch.Size | tuple[int, ...]) -> HiddenStates:
-        """Returns the stream in a file, which goes with it unless it is kept."""
+        """Return the stream in a file, which goes with it unless it is kept."""
         count = torch.Size(shape).numel()
         values = torch.from_file(str(path), shared=True, size=count, dtype=self.dtype).view(shape)
         return HiddenStates(values, self.device, path)
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Takes room now: a mapped file that finds none later ends the process without a word."""
+    """Take room now: a mapped file that finds none later ends the process without a word."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:

@@ -22,7 +22,7 @@ _KIND = "omniquant factors"
 
 
 def write_factor_file(path: Path, run: RunFolder, source: SourceModel, content: Mapping[str, Any]) -> None:
-    """Writes the factors of a finished run, named ``<block>.<factor>``, and what they belong to.
+    """Write the factors of a finished run, named ``<block>.<factor>``, and what they belong to.
 
     Args:
         path: The file to create or replace.
@@ -68,11 +68,11 @@ class FactorFile:
             warn_of_another_model(path, content.get("model"), source)
 
     def origin(self, index: int) -> str:
-        """Says where a block's factors are from."""
+        """Say where a block's factors are from."""
         return f"{self._path}, block {index},"
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """Returns one block's factors by name."""
+        """Return one block's factors by name."""
         prefix = f"{index}."
         return {name.removeprefix(prefix): found for name, found in self._tensors.items() if name.startswith(prefix)}
 

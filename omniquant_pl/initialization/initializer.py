@@ -106,7 +106,7 @@ class Initializer:
         return scales or (self._clipping is not None and self._clipping.search)
 
     def _warn_of_codes(self, origin: str) -> None:
-        """Says once that what is taken over is not all that made the other run's model."""
+        """Say once that what is taken over is not all that made the other run's model."""
         if not self._has_warned:
             _log.warning(
                 "model.parameters: %s and those after it have codes that are not the nearest ones; scales and clipping "
@@ -123,7 +123,7 @@ class Initializer:
         inputs: Mapping[str, ChannelRange],
         samples: Mapping[str, Tensor],
     ) -> None:
-        """Sets the factors of one block.
+        """Set the factors of one block.
 
         Args:
             index: Position of the block.

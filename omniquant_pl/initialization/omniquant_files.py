@@ -71,11 +71,11 @@ class OmniQuantParameters:
             raise ConfigurationError("model.parameters", f"{path} has no factors of block {missing[0]}")
 
     def origin(self, index: int) -> str:
-        """Says where a block's factors are from."""
+        """Say where a block's factors are from."""
         return f"{self.path}, block {index},"
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """Returns one block's factors under our names.
+        """Return one block's factors under our names.
 
         Raises:
             ConfigurationError: If a factor belongs to no linear and no pair of this family.
@@ -103,7 +103,7 @@ class OmniQuantParameters:
 
 
 def _pair_names(layout: BlockLayout) -> dict[str, str]:
-    """Returns our names of the pairs by the original's."""
+    """Return our names of the pairs by the original's."""
     norms = [pair.name for pair in layout.pairs if isinstance(pair, NormToLinears)]
     values = [pair.name for pair in layout.pairs if isinstance(pair, ValueToOutput)]
     queries = [pair.name for pair in layout.pairs if isinstance(pair, QueryToKey)]
@@ -131,7 +131,7 @@ class OmniQuantStatistics:
                 raise ConfigurationError("model.transform.shifts", f"{shifts}: {message}")
 
     def ranges(self, prefix: str, linears: Iterable[str]) -> dict[str, ChannelRange]:
-        """Returns the ranges of a block's linears that have the file's magnitudes and middles.
+        """Return the ranges of a block's linears that have the file's magnitudes and middles.
 
         Args:
             prefix: What the names of the block's modules begin with.

@@ -44,11 +44,11 @@ class RunFactors:
             warn_of_another_model(folder.path, other, source)
 
     def origin(self, index: int) -> str:
-        """Says where a block's factors are from."""
+        """Say where a block's factors are from."""
         return str(self._folder.factor_file(index))
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """Returns one block's factors by name.
+        """Return one block's factors by name.
 
         Raises:
             ConfigurationError: If the file is damaged.
@@ -57,7 +57,7 @@ class RunFactors:
 
 
 def _other_model(folder: RunFolder, settings: Mapping[str, Any], source: SourceModel) -> str | None:
-    """Describes the model that a run has learned for, or returns ``None`` where nothing says that it is another."""
+    """Describe the model that a run has learned for, or return ``None`` where nothing says that it is another."""
     path = settings.get("path")
     found = None if path is None else _folder_of(path)
     has_more_blocks = folder.factor_file(len(source)).is_file()
@@ -73,7 +73,7 @@ def _other_model(folder: RunFolder, settings: Mapping[str, Any], source: SourceM
 
 
 def _folder_of(path: str) -> Path | None:
-    """Where a model is on this machine; nothing is downloaded."""
+    """Return where a model is on this machine; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     try:

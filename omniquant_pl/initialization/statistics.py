@@ -34,7 +34,7 @@ def initialize_scales(
     transform: TransformSpec,
     activations: ActivationSpec | None,
 ) -> None:
-    """Sets the scale of every pair whose consumers any token has reached.
+    """Set the scale of every pair whose consumers any token has reached.
 
     Args:
         factors: What is set; shifts become the middles of the ranges.
@@ -69,7 +69,7 @@ def _scales_by_alpha(pair: Pair, tensors: Mapping[str, Tensor], inputs: Mapping[
 
 
 def _sample_of(pair: Pair, samples: Mapping[str, Tensor]) -> Tensor | None:
-    """What the consumers read: the same for all, or for experts what each was given."""
+    """Return what the consumers read: the same for all, or for experts what each was given."""
     found = {name: samples[name] for name in pair.consumers if name in samples}
     if not found:
         return None
@@ -105,7 +105,7 @@ def initialize_clipping(
     clipping: ClippingSpec,
     activations: ActivationSpec | None,
 ) -> None:
-    """Sets the clipping factors to the shares of the ranges with the least output error, queries and keys included.
+    """Set the clipping factors to the shares of the ranges with the least output error, queries and keys included.
 
     Args:
         factors: What is set; its scales are in place already.

@@ -37,7 +37,7 @@ class AttentionInputs(nn.Module):
         self.spec = spec
 
     def forward(self, *states: Tensor) -> tuple[Tensor, ...]:
-        """Quantizes tensors ``[batch, heads, tokens, head_dim]`` over their last dimension."""
+        """Quantize tensors ``[batch, heads, tokens, head_dim]`` over their last dimension."""
         return tuple(dynamic_fake_quantize(state, self.spec.bits, self.spec.symmetric) for state in states)
 
 

@@ -44,7 +44,7 @@ class UnfusedExperts(nn.ModuleList):
         self.act_fn = cast(nn.Module, experts.act_fn)
 
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """Sums what the chosen experts make of each token, times the router's share.
+        """Sum what the chosen experts make of each token, times the router's share.
 
         Args:
             hidden: ``[tokens, channels]``.

@@ -38,7 +38,7 @@ class _Interception(TorchFunctionMode):
 
 
 def _intercepted(kind: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class of modules that compute what ``kind`` does, with their attention inputs quantized."""
+    """Return the class of modules that compute what ``kind`` does, with their attention inputs quantized."""
 
     class Intercepted(kind):  # type: ignore[misc, valid-type]
         def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -53,7 +53,7 @@ def _intercepted(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def intercept_attention(module: nn.Module, inputs: AttentionInputs) -> None:
-    """Makes a module quantize what it hands to ``torch.nn.functional.scaled_dot_product_attention``.
+    """Make a module quantize what it hands to ``torch.nn.functional.scaled_dot_product_attention``.
 
     Only calls inside this module's forward are concerned. The module gets a subclass of its own class, as hooks could
     not take the interception back after every error and a wrapper would change the names of the weights.

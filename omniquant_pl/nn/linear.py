@@ -36,16 +36,16 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, activations: ActivationSpec | None) -> QuantLinear:
-        """Takes over weight and bias of an existing linear, without copying them."""
+        """Take over weight and bias of an existing linear, without copying them."""
         return cls(linear.weight, cast("Tensor | None", linear.bias), activations)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Applies the linear to ``[..., in]``."""
+        """Apply the linear to ``[..., in]``."""
         if self.activations is not None:
             hidden = dynamic_fake_quantize(hidden, self.activations.bits, self.activations.symmetric)
         return F.linear(hidden, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Shows the shape and the activation width."""
+        """Show the shape and the activation width."""
         bits = 16 if self.activations is None else self.activations.bits
         return f"in_features={self.in_features}, out_features={self.out_features}, activation_bits={bits}"

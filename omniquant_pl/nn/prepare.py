@@ -21,14 +21,14 @@ def _freeze(module: nn.Module) -> None:
 
 
 def _asks_for_our_attention(module: nn.Module) -> bool:
-    """Whether a module gets its attention function from transformers' interface, by the name in its configuration."""
+    """Return whether a module asks transformers' interface for our attention function."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == ATTENTION
 
 
 def prepare_block(
     block: nn.Module, linears: tuple[str, ...], attention: str, activations: ActivationSpec | None
 ) -> nn.Module:
-    """Makes a block ready for calibration, in place: linears swapped, every other parameter a frozen buffer.
+    """Make a block ready for calibration, in place: linears swapped, every other parameter a frozen buffer.
 
     Args:
         block: A transformer block with its weights loaded.
@@ -51,7 +51,7 @@ def prepare_block(
 
 
 def quantize_attention(attention: nn.Module, activations: ActivationSpec) -> None:
-    """Makes an attention module quantize q, k and v, in place.
+    """Make an attention module quantize q, k and v, in place.
 
     Args:
         attention: The module; its model was built with :data:`ATTENTION`, or it calls torch's attention itself.

@@ -118,7 +118,7 @@ def _range_scale(extent: Tensor, levels: int) -> Tensor:
 
 
 def _range_with_zero(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of each row's range, [rows, 1]; the range always contains zero."""
+    """End of each row's range, [rows, 1]; the range always contains zero."""
     return x.amin(dim=1, keepdim=True).clamp_(max=0.0), x.amax(dim=1, keepdim=True).clamp_(min=0.0)
 
 

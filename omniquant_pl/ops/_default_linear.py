@@ -19,7 +19,7 @@ SLICE_ELEMENTS = 1 << 23
 def dequantize(
     words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, columns: int
 ) -> Tensor:
-    """The weight as floating-point numbers.
+    """Return the weight as floating-point numbers.
 
     Args:
         words: [rows, words_per_row], int32, packed in planes.
@@ -83,7 +83,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 def _slices(
     words: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int, columns: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Gives output channels and their weight, [channels, columns] in float32."""
+    """Give output channels and their weight, [channels, columns] in float32."""
     step = max(SLICE_ELEMENTS // max(columns, 1), 1)
     for begin in range(0, words.shape[0], step):
         part = slice(begin, begin + step)

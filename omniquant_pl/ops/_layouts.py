@@ -18,7 +18,7 @@ ELEMENT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum in omn
 
 
 def plane_widths(bits: int) -> list[int]:
-    """Widths of the planes of a code, the lowest bits first.
+    """Return the widths of the planes of a code, the lowest bits first.
 
     Args:
         bits: code width.

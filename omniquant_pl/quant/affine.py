@@ -47,7 +47,7 @@ class QuantizedWeight:
     group_size: int
 
     def dequantize(self) -> Tensor:
-        """Returns ``(codes - zero_point) * scale`` as float32 ``[out, in]``."""
+        """Return ``(codes - zero_point) * scale`` as float32 ``[out, in]``."""
         per_channel = self.codes.float()
         columns = self.codes.shape[1]
         if self.zero_point is not None:
@@ -56,29 +56,29 @@ class QuantizedWeight:
 
 
 def _expand(per_group: Tensor, group_size: int, columns: int) -> Tensor:
-    """Repeats ``[out, groups]`` to ``[out, columns]``."""
+    """Repeat ``[out, groups]`` to ``[out, columns]``."""
     return per_group.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
 def group_size_of(spec: WeightSpec, columns: int) -> int:
-    """Returns the group size for a weight with that many input channels."""
+    """Return the group size for a weight with that many input channels."""
     return columns if spec.group_size is None else min(spec.group_size, columns)
 
 
 def to_rows(weight: Tensor, group_size: int) -> Tensor:
-    """Views ``[out, in]`` as ``[out * groups, group_size]``, the last group padded with zeros."""
+    """View ``[out, in]`` as ``[out * groups, group_size]``, the last group padded with zeros."""
     padding = -weight.shape[1] % group_size
     padded = F.pad(weight, (0, padding)) if padding else weight
     return padded.reshape(-1, group_size)
 
 
 def from_rows(rows: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The inverse of :func:`to_rows`."""
+    """Return the inverse of :func:`to_rows`."""
     return rows.reshape(out_features, -1)[:, :in_features]
 
 
 def row_range(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns lowest and highest value per row, ``[rows, 1]`` each; the range always contains zero."""
+    """Return lowest and highest value per row, ``[rows, 1]`` each; the range always contains zero."""
     return rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
 
 
@@ -94,7 +94,7 @@ def scale_and_zero_point(
     smallest: float,
     scale_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the scale and the zero point of a range that contains zero; rounding is straight-through.
+    """Return the scale and the zero point of a range that contains zero; rounding is straight-through.
 
     With a ``scale_dtype`` the scale is rounded to it first, and the zero point is computed against that, so that what
     is stored reproduces what was calibrated.
@@ -123,5 +123,5 @@ def scale_and_zero_point(
 
 
 def quantize(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Returns the integer codes of rows, as float values ``[rows, columns]``."""
+    """Return the integer codes of rows, as float values ``[rows, columns]``."""
     return ((rows / scale).round() + zero_point).clamp(*code_range(bits, symmetric))

@@ -63,7 +63,7 @@ class WeightQuantizer(nn.Module):
             self.lower = nn.Parameter(factors.clone())
 
     def range_of(self, weight: Tensor) -> RowRange:
-        """Returns the unclipped range of a weight; a constant unless the weight is transformed while learning."""
+        """Return the unclipped range of a weight; a constant unless the weight is transformed while learning."""
         return RowRange(*row_range(to_rows(weight, self.group_size)))
 
     def _clipped(self, full: RowRange) -> RowRange:
@@ -91,13 +91,13 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Keeps the offsets within half a code."""
+        """Keep the offsets within half a code."""
         if self.offset is not None:
             self.offset.clamp_(-0.5, 0.5)
 
     @torch.no_grad()
     def grid(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns scale and zero point of a transformed weight ``[out, in]`` as they are stored, ``[out, groups]``."""
+        """Return scale and zero point of a transformed weight ``[out, in]`` as they are stored, ``[out, groups]``."""
         clipped = self._clipped(self.range_of(weight))
         scale_dtype: torch.dtype = getattr(torch, self.spec.scale_dtype)
         spec = self.spec
@@ -107,7 +107,7 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, codes: Tensor | None = None) -> QuantizedWeight:
-        """Chooses the codes of a weight against the scale as it is stored.
+        """Choose the codes of a weight against the scale as it is stored.
 
         Args:
             weight: ``[out, in]`` float32, transformed already.

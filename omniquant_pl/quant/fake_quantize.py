@@ -49,7 +49,7 @@ class _DynamicFakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(rows: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int) -> Tensor:
-    """Rounds rows to their codes and back: ``(clamp(round(x / s) + z, lowest, highest) - z) * s``.
+    """Round rows to their codes and back: ``(clamp(round(x / s) + z, lowest, highest) - z) * s``.
 
     Args:
         rows: Values ``[rows, columns]``, float32 or float64.
@@ -82,7 +82,7 @@ def dynamic_fake_quantize(values: Tensor, bits: int, symmetric: bool = False) ->
 
 
 def activation_quantizer(spec: ActivationSpec | None) -> Callable[[Tensor], Tensor] | None:
-    """Returns the fake quantization of activations, token by token; ``None`` if they are not quantized."""
+    """Return the fake quantization of activations, token by token; ``None`` if they are not quantized."""
     if spec is None:
         return None
     return partial(dynamic_fake_quantize, bits=spec.bits, symmetric=spec.symmetric)

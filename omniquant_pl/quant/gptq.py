@@ -39,7 +39,7 @@ def gptq_codes(
     block_size: int = 128,
     activation_order: bool = True,
 ) -> Tensor:
-    """Chooses the codes of a weight with error compensation, against scales and zero points that stay as they are.
+    """Choose the codes of a weight with error compensation, against scales and zero points that stay as they are.
 
     It costs one float64 Cholesky factorization of ``[in, in]`` (``in^3 / 3`` multiplications and about three such
     matrices in memory) and ``out * in^2 / 2`` multiplications in float32, on the device of the arguments.
@@ -81,7 +81,7 @@ def gptq_codes(
 
 
 def _feedback(moment: Tensor, damping: float) -> Tensor | None:
-    """Returns the factor ``V`` ``[in, in]`` as float32; ``None`` if the moment stays indefinite."""
+    """Return the factor ``V`` ``[in, in]`` as float32; ``None`` if the moment stays indefinite."""
     damped = moment.double().flip(0, 1)  # the reversed lower factor is an upper one
     diagonal = damped.diagonal().clone()
     # Where all inputs are zero, any positive diagonal will do.
@@ -98,7 +98,7 @@ def _feedback(moment: Tensor, damping: float) -> Tensor | None:
 def _compensate(
     weight: Tensor, feedback: Tensor, nearest: QuantizedWeight, groups: Tensor, bits: int, block_size: int
 ) -> Tensor:
-    """Rounds channel after channel.
+    """Round channel after channel.
 
     Args:
         weight: ``[in, out]``, in the order of processing.

@@ -33,7 +33,7 @@ class InputMoment:
 
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
-        """Adds the tokens of ``[..., in]``; computed in float32 whatever their dtype, under autocast too."""
+        """Add the tokens of ``[..., in]``; computed in float32 whatever their dtype, under autocast too."""
         rows = values.reshape(-1, values.shape[-1]).float()
         self.second.addmm_(rows.T, rows)  # autocast leaves in-place operations alone
         self.tokens += len(rows)
@@ -80,7 +80,7 @@ class InputSample:
 
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
-        """Lets the tokens of ``[..., in]`` take part; the last but one dimension is that of a sequence."""
+        """Let the tokens of ``[..., in]`` take part; the last but one dimension is that of a sequence."""
         rows, before = values.reshape(-1, values.shape[-1]), len(self.rows)
         drawn, places = self._draw(len(rows), values.shape[-2] if values.ndim > 1 else 1)
         candidates = torch.cat((self.drawn, drawn))
@@ -104,7 +104,7 @@ class InputSample:
 def observe_moments(
     module: nn.Module, names: Iterable[str], transform: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[dict[str, InputMoment]]:
-    """Records the second moments of submodules' inputs for as long as the context lasts.
+    """Record the second moments of submodules' inputs for as long as the context lasts.
 
     A moment takes ``in * in`` floats, and a matrix product per batch: of submodules that read the same tensor (query,
     key and value; gate and up) name only one.
@@ -134,7 +134,7 @@ def observe_moments(
 def observe_samples(
     module: nn.Module, names: Iterable[str], size: int = 1024, seed: int = 0, share: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, InputSample]]:
-    """Samples tokens that enter submodules for as long as the context lasts.
+    """Sample tokens that enter submodules for as long as the context lasts.
 
     Args:
         module: The module that holds them.

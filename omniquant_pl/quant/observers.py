@@ -32,12 +32,12 @@ class ChannelRange:
 
     @staticmethod
     def of(values: Tensor) -> ChannelRange:
-        """Returns the range of ``[..., channels]``."""
+        """Return the range of ``[..., channels]``."""
         low, high = torch.aminmax(values.detach().float().reshape(-1, values.shape[-1]), dim=0)
         return ChannelRange(low, high)
 
     def extend(self, values: Tensor) -> None:
-        """Widens the range to contain further values ``[..., channels]``."""
+        """Widen the range to contain further values ``[..., channels]``."""
         other = ChannelRange.of(values)
         self.low, self.high = (
             torch.minimum(self.low, other.low),
@@ -47,7 +47,7 @@ class ChannelRange:
 
 @contextmanager
 def observe_inputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, ChannelRange]]:
-    """Records the input ranges of submodules for as long as the context lasts.
+    """Record the input ranges of submodules for as long as the context lasts.
 
     Args:
         module: The module that holds them.
@@ -70,7 +70,7 @@ def observe_inputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str
 
 @contextmanager
 def observe(module: nn.Module, names: Iterable[str], record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hands the first argument of submodules to a function for as long as the context lasts.
+    """Hand the first argument of submodules to a function for as long as the context lasts.
 
     Args:
         module: The module that holds them.

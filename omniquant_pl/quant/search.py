@@ -30,7 +30,7 @@ _CHUNK = 2**24
 
 
 def activation_aware_scales(magnitude: Tensor, points: int = 20) -> list[Tensor]:
-    """Returns the candidates ``magnitude^r`` of AWQ (arXiv 2306.00978, section 3.2) for ``points + 1`` ratios 0 to 1.
+    """Return the candidates ``magnitude^r`` of AWQ (arXiv 2306.00978, section 3.2) for ``points + 1`` ratios 0 to 1.
 
     Each is divided by the geometric mean of its largest and smallest value. The first, of ratio 0, is all ones.
     Channels below 1e-4 of the largest count as that, so all scales lie between 1e-2 and 1e2.
@@ -53,7 +53,7 @@ def best_scale(
     quantizers: Sequence[Callable[[Tensor], Tensor]],
     quantize_input: Callable[[Tensor], Tensor] | None = None,
 ) -> int:
-    """Finds the channel scale ``s`` with the least output error ``sum ||q(X / s) q(W s)^T - X W^T||^2``.
+    """Find the channel scale ``s`` with the least output error ``sum ||q(X / s) q(W s)^T - X W^T||^2``.
 
     With :func:`activation_aware_scales` as candidates this is the search of AWQ; with ``max|X|^a / max|W|^(1 - a)`` for
     a grid of ``a`` it finds the migration strength of SmoothQuant (arXiv 2211.10438). It costs two products of the
@@ -95,7 +95,7 @@ def search_clipping(
     points: int = 20,
     smallest: float = 0.5,
 ) -> Tensor:
-    """Finds the share of each group's range, the same of both ends, with the least output error of that group.
+    """Find the share of each group's range, the same of both ends, with the least output error of that group.
 
     This is the clipping of AWQ (arXiv 2306.00978; its reference implementation leaves query and key projections
     unclipped, whose product amplifies the error). Memory stays bounded: rows of the weight are searched in parts.
@@ -117,13 +117,13 @@ def search_clipping(
 
 
 def _compact_groups(inputs: Tensor, group_size: int) -> Tensor:
-    """Returns ``[groups, at most group_size, group_size]`` with the same second moment per group as the inputs."""
+    """Return ``[groups, at most group_size, group_size]`` with the same second moment per group as the inputs."""
     groups = to_rows(inputs, group_size).view(len(inputs), -1, group_size).transpose(0, 1)
     return torch.linalg.qr(groups, mode="r").R if len(inputs) > group_size else groups
 
 
 def _best_shares(weight: Tensor, tokens: Tensor, spec: WeightSpec, shares: Sequence[float]) -> Tensor:
-    """Returns the best of the shares ``[out, groups]``; ``tokens`` is ``[groups, tokens, group_size]``."""
+    """Return the best of the shares ``[out, groups]``; ``tokens`` is ``[groups, tokens, group_size]``."""
     group_size, grid = tokens.shape[2], (spec.bits, spec.symmetric)
     rows = to_rows(weight, group_size)
     low, high = row_range(rows)
@@ -140,7 +140,7 @@ def _best_shares(weight: Tensor, tokens: Tensor, spec: WeightSpec, shares: Seque
 
 
 def clipping_logit(share: Tensor, highest: float = FULL_RANGE_LOGIT) -> Tensor:
-    """Returns the clipping factor whose sigmoid is the share of a range that is kept.
+    """Return the clipping factor whose sigmoid is the share of a range that is kept.
 
     Args:
         share: 0 to 1.

@@ -16,7 +16,7 @@ _SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 
 def stored_bits(spec: WeightSpec, shape: tuple[int, ...]) -> int:
-    """Returns the bits of codes, scales and zero points of a weight ``(out, in)``, packed without padding."""
+    """Return the bits of codes, scales and zero points of a weight ``(out, in)``, packed without padding."""
     out_features, in_features = shape
     groups = out_features * -(-in_features // group_size_of(spec, in_features))
     zero_point_bits = 0 if spec.symmetric else spec.bits
@@ -24,7 +24,7 @@ def stored_bits(spec: WeightSpec, shape: tuple[int, ...]) -> int:
 
 
 def bits_per_weight(weights: Iterable[tuple[WeightSpec, tuple[int, ...]]]) -> float:
-    """Returns the mean over weights of those specifications and shapes."""
+    """Return the mean over weights of those specifications and shapes."""
     weights = list(weights)
     count = sum(out_features * in_features for _, (out_features, in_features) in weights)
     return sum(stored_bits(spec, shape) for spec, shape in weights) / count

@@ -17,7 +17,7 @@ __all__ = ["channel_panels", "clipping_panels", "cost_panels", "error_panels", "
 
 
 def error_panels(record: Record) -> list[Panel]:
-    """What blocks lose: relative errors against round-to-nearest, and what learning has made of the loss."""
+    """Return what blocks lose: relative errors against round-to-nearest, and what learning has made of the loss."""
     blocks = record.metrics.get("blocks", [])
     if not blocks:
         return []
@@ -157,7 +157,7 @@ def _line(axes: Axes, at: Sequence[float], values: Sequence[float], colour: str,
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A scale whose ticks are plain numbers, also where it spans less than a power of ten."""
+    """Make a scale's ticks plain numbers, also where it spans less than a power of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -204,7 +204,7 @@ def _column(blocks: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
-    """What was not finite stands as ``None`` in files."""
+    """Return what was not finite stands as ``None`` in files."""
     return [math.nan if value is None else value for value in values]
 
 

@@ -27,7 +27,7 @@ _ABOUT_CLIPPING = (
 
 
 def write_report(folder: RunFolder, blocks: int | None = None, refresh_seconds: int | None = None) -> None:
-    """Writes ``report.html`` into a run folder, whole or not at all.
+    """Write ``report.html`` into a run folder, whole or not at all.
 
     Args:
         folder: The run, finished or not.
@@ -38,7 +38,7 @@ def write_report(folder: RunFolder, blocks: int | None = None, refresh_seconds: 
 
 
 def render(record: Record, blocks: int | None = None, refresh_seconds: int | None = None) -> str:
-    """Returns the page as HTML; arguments as of :func:`write_report`."""
+    """Return the page as HTML; arguments as of :func:`write_report`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -89,7 +89,7 @@ def _recovered(perplexity: Mapping[str, Mapping[str, float | None]]) -> Iterator
 
 
 def _zero_shot(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
-    """A row for each metric of each task: scores and their standard errors by variant."""
+    """Return a row for each metric of each task: scores and their standard errors by variant."""
     rows = []
     for task, variants in tasks.items():
         metrics = dict.fromkeys(metric for scores in variants.values() for metric in scores)
@@ -108,12 +108,12 @@ def _about_activations(record: Record) -> str:
 
 
 def _command(record: Record) -> str:
-    """What calibrates the same model again, in another folder."""
+    """Return what calibrates the same model again, in another folder."""
     config = shlex.quote(str(record.folder / "config.yaml"))
     again = shlex.quote(f"{record.folder}-again")
     return f"python train.py fit --config {config} --trainer.default_root_dir {again}"
 
 
 def _name(model: str) -> str:
-    """A hub id or an embedded name as it is, of a local path its last part."""
+    """Return a hub id or an embedded name as it is, of a local path its last part."""
     return Path(model).name if Path(model).is_absolute() else model

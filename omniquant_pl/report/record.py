@@ -36,7 +36,7 @@ class Record:
 
     @staticmethod
     def read(folder: RunFolder) -> Record:
-        """Reads a run folder; what is missing or damaged is left out."""
+        """Read a run folder; what is missing or damaged is left out."""
         config = folder.config.read_text(encoding="utf-8") if folder.config.is_file() else ""
         metrics = folder.read_metrics()
         done = {block["index"] for block in metrics.get("blocks", [])}
@@ -45,7 +45,7 @@ class Record:
 
     @staticmethod
     def keep(folder: RunFolder, statistics: BlockStatistics) -> None:
-        """Writes what is to be known of a block into the run folder."""
+        """Write what is to be known of a block into the run folder."""
         write_json(folder.statistics_file(statistics.index), asdict(statistics))
 
     @property

@@ -56,7 +56,7 @@ class BlockStatistics:
 
     @staticmethod
     def read(content: Mapping[str, Any]) -> BlockStatistics:
-        """Takes what :func:`dataclasses.asdict` has made of one.
+        """Take what :func:`dataclasses.asdict` has made of one.
 
         Raises:
             TypeError: If it is something else.
@@ -73,7 +73,7 @@ def block_statistics(
     epoch_losses: list[float],
     peak_memory_bytes: dict[str, int],
 ) -> BlockStatistics:
-    """Summarizes a block that has learned.
+    """Summarize a block that has learned.
 
     Args:
         index: Position of the block.
@@ -132,5 +132,5 @@ def _profile(magnitudes: Tensor) -> list[float]:
 
 
 def _kind(name: str) -> str:
-    """The linear's name, with a star for the number of an expert."""
+    """Return the linear's name, with a star for the number of an expert."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

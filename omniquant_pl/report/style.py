@@ -73,7 +73,7 @@ class Panel:
 
 @contextmanager
 def panel(title: str, note: str = "", x: str = "") -> Iterator[tuple[Panel, Axes]]:
-    """Gives axes to draw on; the panel holds the picture when the context ends.
+    """Give axes to draw on; the panel holds the picture when the context ends.
 
     Args:
         title: What it shows.
@@ -96,7 +96,7 @@ def panel(title: str, note: str = "", x: str = "") -> Iterator[tuple[Panel, Axes
 
 
 def depth_colour(position: float) -> str:
-    """Returns the colour of a block from the first (0) to the last (1), which is seen on light and on dark."""
+    """Return the colour of a block from the first (0) to the last (1), which is seen on light and on dark."""
     import matplotlib as mpl
     from matplotlib.colors import to_hex
 
@@ -104,7 +104,7 @@ def depth_colour(position: float) -> str:
 
 
 def _inline(svg: str, title: str) -> str:
-    """Makes a part of a page of what stands alone: no header, colours by variables, names that no other picture has."""
+    """Make a part of a page of what stands alone: no header, colours by variables, names that no other picture has."""
     prefix = re.sub(r"\W+", "-", title.lower()) + "-"
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

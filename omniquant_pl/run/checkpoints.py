@@ -26,7 +26,7 @@ _TRAILER_BYTES = len(_MARK) + 32
 
 
 def previous_of(path: Path) -> Path:
-    """Returns where the checkpoint before the last one is."""
+    """Return where the checkpoint before the last one is."""
     return path.with_name(f"{path.stem}-previous{path.suffix}")
 
 
@@ -59,7 +59,7 @@ class GuardedCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint; tensors, numbers and texts only, whatever ``weights_only`` says.
+        """Read a checkpoint; tensors, numbers and texts only, whatever ``weights_only`` says.
 
         Raises:
             DamagedFileError: If its bytes are not those that were written.
@@ -72,7 +72,7 @@ class GuardedCheckpointIO(TorchCheckpointIO):
 
 
 def load_latest(path: Path, fits: Callable[[dict[str, Any]], bool]) -> tuple[Path, dict[str, Any]] | None:
-    """Finds the newest checkpoint that can be gone on from: the last one, or the one before.
+    """Find the newest checkpoint that can be gone on from: the last one, or the one before.
 
     Args:
         path: The last one.
@@ -106,7 +106,7 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint's checksum holds."""
+    """Return whether a checkpoint's checksum holds."""
     size = path.stat().st_size - _TRAILER_BYTES
     if size <= 0:
         return False

@@ -16,7 +16,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(settings: Mapping[str, Any], model: Path, tokens: Tensor) -> dict[str, str]:
-    """Returns a digest for each of the things that decide what a calibration learns.
+    """Return a digest for each of the things that decide what a calibration learns.
 
     Args:
         settings: The deciding settings by name; what JSON does not hold counts as its text.
@@ -32,18 +32,18 @@ def fingerprint(settings: Mapping[str, Any], model: Path, tokens: Tensor) -> dic
 
 
 def model_digest(folder: Path) -> str:
-    """Returns the digest of a model folder that :func:`fingerprint` holds."""
+    """Return the digest of a model folder that :func:`fingerprint` holds."""
     return _digest(*(part for path in _model_files(folder) for part in (path.name.encode(), _summary(path))))
 
 
 def digest_of(tokens: Mapping[str, Tensor]) -> str:
-    """Returns the digest of sets of tokens ``[windows, length]`` and their names, whatever their order."""
+    """Return the digest of sets of tokens ``[windows, length]`` and their names, whatever their order."""
     parts = ((f"{name} {list(found.shape)}", found.long().contiguous().numpy()) for name, found in tokens.items())
     return _digest(*(part for name, array in sorted(parts) for part in (name.encode(), array.tobytes())))
 
 
 def differing_parts(own: Mapping[str, str], other: Mapping[str, Any]) -> list[str]:
-    """Returns which parts of two fingerprints differ, in words for a message."""
+    """Return which parts of two fingerprints differ, in words for a message."""
     words = {"settings": "settings", "model": "model files", "data": "calibration tokens"}
     return [words[part] for part in own if other.get(part) != own[part]]
 

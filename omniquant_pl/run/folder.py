@@ -70,7 +70,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes of this machine out; a killed process leaves no lock behind.
+        """Keep other processes of this machine out; a killed process leaves no lock behind.
 
         Raises:
             ConfigurationError: If one is at work here, or this is inside another run's folder.
@@ -102,7 +102,7 @@ class RunFolder:
                 raise ConfigurationError("trainer.default_root_dir", message)
 
     def _remove_parts(self) -> None:
-        """Deletes what a process that was killed had begun to write."""
+        """Delete what a process that was killed had begun to write."""
         folders = (self.blocks, self.statistics, self.streams, self.segments)  # not those with locks of their own
         parts = [self.path.glob(".*.part"), *(folder.rglob(".*.part") for folder in folders)]
         streams = (folder.rglob(f"{HIDDEN_STATES_PREFIX}*") for folder in (self.streams, self.segments))
@@ -110,7 +110,7 @@ class RunFolder:
             path.unlink(missing_ok=True)  # a plan is made without the lock
 
     def start(self) -> None:
-        """Makes room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
+        """Make room for a run: what an earlier one has left moves to ``previous/``, so that nothing gets mixed."""
         for streams in (self.streams, *self.segments.rglob(self.streams.name)):
             shutil.rmtree(streams, ignore_errors=True)
         results = (self.blocks, self.segments, self.model, self.metrics, self.report, self.statistics)
@@ -151,21 +151,21 @@ class RunFolder:
         moving.rename(previous)
 
     def keep_log(self) -> None:
-        """Gives the log of an interrupted run another name: the logger of the next one deletes what it finds."""
+        """Give the log of an interrupted run another name: the logger of the next one deletes what it finds."""
         path = self.path / "logs" / "metrics.csv"
         if path.is_file():
             number = sum(1 for _ in path.parent.glob("metrics-*.csv"))
             path.replace(path.with_name(f"metrics-{number + 1}.csv"))
 
     def segment_folders(self) -> list[RunFolder]:
-        """The folders of segments that are not joined, and of what is stitched in them."""
+        """Return the folders of segments that are not joined, and of what is stitched in them."""
         return [RunFolder(path) for pattern in ("*", "*/stitched") for path in sorted(self.segments.glob(pattern))]
 
     def _checkpoints(self) -> list[Path]:
         return [path for last in (self.checkpoint, self.window) for path in (last, previous_of(last))]
 
     def remove_checkpoints(self) -> None:
-        """Deletes what only an unfinished run needs."""
+        """Delete what only an unfinished run needs."""
         for path in self._checkpoints():
             path.unlink(missing_ok=True)
         for log in sorted(self.segments.rglob("metrics*.csv")):
@@ -175,7 +175,7 @@ class RunFolder:
         shutil.rmtree(self.segments, ignore_errors=True)
 
     def check_same_settings(self, config: Mapping[str, Any], resumes: bool = False) -> None:
-        """Protects what a run with other settings has left here, and does not take it for these settings' own.
+        """Protect what a run with other settings has left here, and do not take it for these settings' own.
 
         Args:
             config: The resolved configuration of the run that is about to start, or to be measured.
@@ -195,7 +195,7 @@ class RunFolder:
             raise ConfigurationError("trainer.default_root_dir", message)
 
     def read_config(self, key: str = "trainer.default_root_dir") -> dict[str, Any]:
-        """Returns the run's configuration, empty where it has none.
+        """Return the run's configuration, empty where it has none.
 
         Raises:
             ConfigurationError: If it is damaged; ``key`` is the setting that led here.
@@ -208,15 +208,15 @@ class RunFolder:
             raise ConfigurationError(key, f"{self.config} is damaged: {error}") from error
 
     def factor_file(self, index: int) -> Path:
-        """The file of one block's learned factors."""
+        """Return the file of one block's learned factors."""
         return self.blocks / f"{index:05d}.safetensors"
 
     def statistics_file(self, index: int) -> Path:
-        """Where what the report knows of a block is kept."""
+        """Return where what the report knows of a block is kept."""
         return self.statistics / f"{index:05d}.json"
 
     def save_factors(self, index: int, factors: Mapping[str, Tensor], content: Mapping[str, Any] | None = None) -> None:
-        """Writes one block's factors, whole or not at all.
+        """Write one block's factors, whole or not at all.
 
         Args:
             index: Position of the block.
@@ -226,7 +226,7 @@ class RunFolder:
         write_sealed(self.factor_file(index), factors, content or {})
 
     def load_factors(self, index: int, key: str = "trainer.default_root_dir") -> dict[str, Tensor]:
-        """Reads one block's factors.
+        """Read one block's factors.
 
         Raises:
             ConfigurationError: If the file is missing or damaged; ``key`` is the setting that led here.
@@ -236,7 +236,7 @@ class RunFolder:
     def load_block(
         self, index: int, key: str = "trainer.default_root_dir"
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """Reads one block's factors and what they belong to, ``None`` of a file that does not say it.
+        """Read one block's factors and what they belong to, ``None`` of a file that does not say it.
 
         Raises:
             ConfigurationError: As :meth:`load_factors`.
@@ -251,7 +251,7 @@ class RunFolder:
             raise ConfigurationError(key, str(error)) from error
 
     def check_finished(self, blocks: int) -> None:
-        """Refuses a run that lacks a block, without reading the others.
+        """Refuse a run that lacks a block, without reading the others.
 
         Raises:
             ConfigurationError: It names the first file that is missing.
@@ -261,18 +261,18 @@ class RunFolder:
             self.load_factors(index)
 
     def block_content(self, index: int) -> dict[str, Any] | None:
-        """Returns what a block's factors belong to, ``None`` where there are none, or they are damaged."""
+        """Return what a block's factors belong to, ``None`` where there are none, or they are damaged."""
         try:
             return self.load_block(index)[1]
         except ConfigurationError:
             return None
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Replaces ``metrics.json``."""
+        """Replace ``metrics.json``."""
         write_json(self.metrics, {**metrics, "checksum": _checksum(metrics)})
 
     def add_metrics(self, sections: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Puts measurements into ``metrics.json``, beside those that are there.
+        """Put measurements into ``metrics.json``, beside those that are there.
 
         Args:
             sections: By section, name in it, and variant of the model.
@@ -285,7 +285,7 @@ class RunFolder:
         self.write_metrics(metrics)
 
     def read_metrics(self) -> dict[str, Any]:
-        """Returns the content of ``metrics.json``, empty where there is none, or a damaged one."""
+        """Return the content of ``metrics.json``, empty where there is none, or a damaged one."""
         try:
             content = dict(json.loads(self.metrics.read_text(encoding="utf-8")))
             if content.pop("checksum", None) not in (None, _checksum(content)):
@@ -299,7 +299,7 @@ class RunFolder:
 
 
 def _from_any_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved configuration with the model's path as a run writes it."""
+    """Return a resolved configuration with the model's path as a run writes it."""
     model = config.get("model") or {}
     return {**config, "model": {**model, "path": from_any_folder(str(model.get("path") or ""))}}
 

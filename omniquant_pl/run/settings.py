@@ -43,7 +43,7 @@ def defaults_of(section: type) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value with the settings inside it that are not their defaults."""
+    """Return a value with the settings inside it that are not their defaults."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
     defaults = {
@@ -55,7 +55,7 @@ def _plain(value: Any) -> Any:
 
 
 def differing_settings(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Returns the keys of settings that decide what is learned and differ between two resolved configurations.
+    """Return the keys of settings that decide what is learned and differ between two resolved configurations.
 
     Args:
         saved: What a run has left.
@@ -81,7 +81,7 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _segments(config: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What a strategy decides: how many segments, and how they are stitched; ``None`` for blocks in order."""
+    """Return what a strategy decides: how many segments, and how they are stitched; ``None`` for blocks in order."""
     strategy = _value(config, "trainer.strategy")
     name = strategy.get("class_path", "") if isinstance(strategy, Mapping) else strategy
     if name != "block_parallel" and not str(name).endswith("BlockParallelStrategy"):

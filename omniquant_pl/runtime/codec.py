@@ -19,7 +19,7 @@ Stored = tuple[tuple[int, ...], torch.dtype]
 
 
 def stored_tensors(spec: WeightSpec, shape: tuple[int, int]) -> dict[str, Stored]:
-    """Returns what a weight is stored as, by suffix.
+    """Return what a weight is stored as, by suffix.
 
     Args:
         spec: How it is quantized.
@@ -39,7 +39,7 @@ def stored_tensors(spec: WeightSpec, shape: tuple[int, int]) -> dict[str, Stored
 
 
 def encode(weight: QuantizedWeight, spec: WeightSpec) -> dict[str, Tensor]:
-    """Returns the tensors that :func:`stored_tensors` announces.
+    """Return the tensors that :func:`stored_tensors` announces.
 
     Args:
         weight: The codes; signed ones are stored with ``2 ** (bits - 1)`` added.
@@ -56,7 +56,7 @@ def encode(weight: QuantizedWeight, spec: WeightSpec) -> dict[str, Tensor]:
 
 
 def planes_of(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-    """Returns the words that the packed product reads, int32 ``[out, words]``.
+    """Return the words that the packed product reads, int32 ``[out, words]``.
 
     Args:
         packed: As it is stored.
@@ -67,7 +67,7 @@ def planes_of(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
 
 
 def zero_points_of(stream: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-    """Returns zero points uint8 ``[out, groups]``.
+    """Return zero points uint8 ``[out, groups]``.
 
     Args:
         stream: As they are stored.
@@ -78,7 +78,7 @@ def zero_points_of(stream: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
 
 
 def _fills_planes(columns: int) -> bool:
-    """Whether rows of that many codes need no padding; others are stored as one bit stream, which has none either."""
+    """Return whether rows of that many codes need no padding; others are stored as one bit stream."""
     return ops.padded_columns(columns) == columns
 
 

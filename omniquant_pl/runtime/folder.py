@@ -59,7 +59,7 @@ class PackedFolder:
         self._check_sizes(self.config, stored)
 
     def _check_sizes(self, section: Mapping[str, Any], stored: int) -> None:
-        """Refuses a model that cannot be what is stored: to build it would take memory or time without end."""
+        """Refuse a model that cannot be what is stored: to build it would take memory or time without end."""
         for key, value in section.items():
             if isinstance(value, Mapping):
                 self._check_sizes(value, stored)
@@ -72,7 +72,7 @@ class PackedFolder:
         return ConfigurationError(_KEY, f"{self.config_file}: {message}")
 
     def check_exclusive(self, slots: Mapping[str, Slot]) -> None:
-        """Compares the headers with what the model needs, and reads no tensor.
+        """Compare the headers with what the model needs, and read no tensor.
 
         Raises:
             ConfigurationError: If a tensor has another shape or dtype; it names the file and the tensor.
@@ -89,7 +89,7 @@ class PackedFolder:
                 raise ConfigurationError(_KEY, message)
 
     def fill(self, slots: Mapping[str, Slot]) -> None:
-        """Reads tensors, a few at a time, to where they go.
+        """Read tensors, a few at a time, to where they go.
 
         Raises:
             ConfigurationError: If one has values that no model has; it names the file and the tensor.

@@ -49,7 +49,7 @@ class Sampling:
             raise ConfigurationError("seed", f"{self.seed} is below 0, or has more than 64 bit")
 
     def config(self, own: GenerationConfig, new_tokens: int) -> GenerationConfig:
-        """Returns what transformers is told.
+        """Return what transformers is told.
 
         Args:
             own: The model's: its tokens that end a text, and whatever else is not set here.
@@ -128,7 +128,7 @@ def generate(
     chat: bool = False,
     write: Callable[[str], object] = lambda text: None,
 ) -> Generation:
-    """Goes on from a prompt.
+    """Go on from a prompt.
 
     Args:
         model: A model that generates, as :func:`omniquant_pl.runtime.load_packed` returns it.
@@ -156,7 +156,7 @@ def generate(
 
 
 def _run(model: PreTrainedModel, tokens: Tensor, config: GenerationConfig, stream: _Stream, seed: int) -> Tensor:
-    """Returns token ids ``[1, tokens]``, those given first; the generator of random numbers stays as it was."""
+    """Return token ids ``[1, tokens]``, those given first; the generator of random numbers stays as it was."""
     run = cast(Callable[..., Tensor], model.generate)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -164,7 +164,7 @@ def _run(model: PreTrainedModel, tokens: Tensor, config: GenerationConfig, strea
 
 
 def _check_known(tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuses tokens that were added to the tokenizer alone."""
+    """Refuse tokens that were added to the tokenizer alone."""
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     unknown = tokens[tokens >= rows]
     if unknown.numel():
@@ -175,7 +175,7 @@ def _check_known(tokens: Tensor, tokenizer: PreTrainedTokenizerBase, model: PreT
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
-    """Returns token ids ``[1, tokens]``."""
+    """Return token ids ``[1, tokens]``."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8, or half a surrogate pair

@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", empty((out_features,), dtype) if has_bias else None)
 
     def dequantize(self) -> Tensor:
-        """Returns the weight ``[out, in]``, float32."""
+        """Return the weight ``[out, in]``, float32."""
         codes = ops.unpack(self.words, self.bits, self.in_features, "planes")
         zero_point = self.zero_point
         if zero_point is None:
@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
         return QuantizedWeight(codes, self.scale, zero_point, self.group_size).dequantize()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Applies the linear to ``[..., in]``, in the dtype that it comes in; in float64 by the dequantized weight."""
+        """Apply the linear to ``[..., in]``, in the dtype that it comes in; in float64 by the dequantized weight."""
         if self.activations is not None:
             hidden = dynamic_fake_quantize(hidden, self.activations.bits, self.activations.symmetric)
         if hidden.dtype == torch.float64:  # exact enough to compare with; there is no packed product of it
@@ -85,7 +85,7 @@ class PackedLinear(nn.Module):
         return output.view(*hidden.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Shows shape, widths and group size."""
+        """Show shape, widths and group size."""
         bits = 16 if self.activations is None else self.activations.bits
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bits={self.bits}, group_size={self.group_size}, activation_bits={bits}"

@@ -32,7 +32,7 @@ _NO_MODEL = (
 def load_packed(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Loads a folder that ``export --format packed`` has written; no code that comes with it runs.
+    """Load a folder that ``export --format packed`` has written; no code that comes with it runs.
 
     The result is a model of transformers' own class, with ``generate`` and all else, whose quantized linears compute
     with packed codes and quantize their inputs, and the attention's, where the scheme says so. Besides the model no
@@ -67,7 +67,7 @@ def load_packed(
 
 
 def use_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Takes over what ``generation_config.json`` says, where there is one.
+    """Take over what ``generation_config.json`` says, where there is one.
 
     Raises:
         ConfigurationError: If it is damaged.
@@ -82,7 +82,7 @@ def use_generation_config(model: PreTrainedModel, folder: Path) -> None:
 
 
 def usable_device(name: torch.device | str) -> torch.device:
-    """Returns a device to compute on.
+    """Return a device to compute on.
 
     Raises:
         ConfigurationError: If this machine has no such device.

@@ -15,13 +15,13 @@ __all__ = ["generation_table", "memory_line", "weight_bytes", "write_terminal"]
 
 
 def write_terminal(text: str) -> None:
-    """Writes a piece of text at once."""
+    """Write a piece of text at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def generation_table(generation: Generation) -> Table:
-    """Returns a table of speeds, the prompt and what was generated apart."""
+    """Return a table of speeds, the prompt and what was generated apart."""
     decode = generation.decode_rate
     table = Table("", "tokens", "tokens per second")
     table.add_row("prompt", str(generation.prompt_tokens), f"{generation.prefill_rate:.1f}")
@@ -30,13 +30,13 @@ def generation_table(generation: Generation) -> Table:
 
 
 def memory_line(model: PreTrainedModel) -> str:
-    """Returns a sentence on the size of a model and on the most memory that the process has used so far."""
+    """Return a sentence on the size of a model and on the most memory that the process has used so far."""
     peak = peak_memory(model.device)
     device = f", device {format_bytes(peak['device'])}" if model.device.type == "cuda" else ""
     return f"weights {format_bytes(weight_bytes(model))}; peak memory: host {format_bytes(peak['host'])}{device}"
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Returns the bytes of all tensors of a model, those that are shared counted once."""
+    """Return the bytes of all tensors of a model, those that are shared counted once."""
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())

@@ -15,7 +15,7 @@ _SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def describe_scheme(scheme: Scheme) -> dict[str, Any]:
-    """Returns how a model is quantized, as JSON holds it."""
+    """Return how a model is quantized, as JSON holds it."""
     weights, activations = scheme.weights, scheme.activations
     return {
         "quant_method": _METHOD,
@@ -32,7 +32,7 @@ def describe_scheme(scheme: Scheme) -> dict[str, Any]:
 
 
 def read_scheme(described: Any) -> Scheme:
-    """The inverse of :func:`describe_scheme`.
+    """Return the inverse of :func:`describe_scheme`.
 
     Args:
         described: What JSON held.

@@ -115,7 +115,7 @@ class PackedSkeleton:
             yield name, Slot(stored_shape, dtype, put[suffix])
 
     def _stored_name(self, name: str, suffix: str | None = None) -> str:
-        """Name of a tensor in the folder, which may lack the prefix of the model without its head.
+        """Return the name of a tensor in the folder, which may lack the prefix of the model without its head.
 
         Args:
             name: Its name in the model.
@@ -150,7 +150,7 @@ class PackedSkeleton:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
     def finish(self) -> PreTrainedModel:
-        """Returns the model, when every slot has got its tensor."""
+        """Return the model, when every slot has got its tensor."""
         tie(self._model, self._absent)
         nn.Module.to(self._model, self._device)
         self._model.eval()

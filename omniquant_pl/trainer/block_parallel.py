@@ -30,7 +30,7 @@ __all__ = ["SegmentedCalibration", "block_costs", "segment_settings"]
 
 
 def segment_settings(strategy: BlockParallelStrategy) -> dict[str, Any]:
-    """What decides of a block-parallel calibration beyond the settings of any other."""
+    """Return what decides of a block-parallel calibration beyond the settings of any other."""
     return {
         "segments": strategy.segment_count,
         "stitch_epochs": strategy.stitch_epochs,
@@ -39,7 +39,7 @@ def segment_settings(strategy: BlockParallelStrategy) -> dict[str, Any]:
 
 
 def block_costs(model: OmniQuantModel) -> list[int]:
-    """What calibrating each block costs, next to the others: multiplications of a token."""
+    """Return what calibrating each block costs, next to the others: multiplications of a token."""
     weights, source = model.quantized_weights, model.source
     names = [source.stored_names(index) for index in range(len(source))]
     return [
@@ -76,7 +76,7 @@ class SegmentedCalibration:
         self._root = trainer.run_folder
 
     def run(self) -> None:
-        """Calibrates all segments, and joins them."""
+        """Calibrate all segments, and join them."""
         folders = [RunFolder(self._root.segments / f"{number:05d}") for number in range(len(self._segments))]
         if self._trainer.resume_state(self._root).is_done(range(len(self._model.source))):
             self._join([self._root])
@@ -93,7 +93,7 @@ class SegmentedCalibration:
         return range(first, first + self._each)
 
     def _calibrate(self, folders: list[RunFolder], build: BlockBuilder) -> None:
-        """Calibrates every segment from full-precision inputs."""
+        """Calibrate every segment from full-precision inputs."""
         undone = [number for number in self._own if not self._is_done(number, folders[number])]
         inputs: dict[int, HiddenStates] = {}
         if self._mesh.world.any(bool(undone)):
@@ -105,7 +105,7 @@ class SegmentedCalibration:
         self._mesh.world.barrier()
 
     def _stitch(self, drafts: list[RunFolder]) -> list[RunFolder]:
-        """Lets the first blocks of each segment but the first learn on what the drafts of those in front give."""
+        """Let the first blocks of each segment but the first learn on what the drafts of those in front give."""
         folders = [drafts[0], *(RunFolder(draft.path / "stitched") for draft in drafts[1:])]
         undone = [n for n in self._own if n > 0 and not self._is_done(n, folders[n])]
         self._trainer.call_hook(CalibrationCallback.on_stitching_start, sum(map(len, self._segments[1:])))
@@ -124,12 +124,12 @@ class SegmentedCalibration:
         return folders
 
     def _drafted(self, drafts: list[RunFolder]) -> BlockBuilder:
-        """Makes the blocks as the segments have left them."""
+        """Make the blocks as the segments have left them."""
         owner = {index: draft for draft, blocks in zip(drafts, self._segments, strict=True) for index in blocks}
         return lambda index, tensors, call: self._model.folded(index, tensors, call, owner[index].load_factors(index))
 
     def _keep_draft(self, number: int, draft: RunFolder) -> None:
-        """Counts the blocks behind those that are stitched as finished: they only get other inputs."""
+        """Count the blocks behind those that are stitched as finished: they only get other inputs."""
         blocks, count = self._segments[number], self._strategy.stitch_blocks
         if self._trainer.is_global_zero:
             for index in () if count is None else blocks[count:]:
@@ -142,7 +142,7 @@ class SegmentedCalibration:
         return self._trainer.engine(self._model, self._tokens, micro_batch_size, segments, self._each, shares)
 
     def _inputs(self, build: BlockBuilder, segments: range, engine: Engine) -> dict[int, HiddenStates]:
-        """Hidden states in front of this process's segments, all processes taking part."""
+        """Return the hidden states in front of this process's segments, all processes taking part."""
         started = time.perf_counter()
         owners = {self._segments[number].start: number // self._each for number in segments}
         share = self._mesh.world.share(self._tokens)
@@ -178,7 +178,7 @@ class SegmentedCalibration:
                 yield
 
     def _join(self, folders: list[RunFolder]) -> None:
-        """Puts the blocks of all segments into the run's folder."""
+        """Put the blocks of all segments into the run's folder."""
         results = []
         parts = self._segments if len(folders) > 1 else [range(len(self._model.source))]
         for blocks, folder in zip(parts, folders, strict=True):
@@ -191,7 +191,7 @@ class SegmentedCalibration:
 
 
 def _copy_block(index: int, source: RunFolder, target: RunFolder) -> None:
-    """Copies what is kept of a finished block."""
+    """Copy what is kept of a finished block."""
     if source.statistics_file(index).is_file():
         target.statistics.mkdir(exist_ok=True)
         _copy(source.statistics_file(index), target.statistics_file(index))
@@ -199,5 +199,5 @@ def _copy_block(index: int, source: RunFolder, target: RunFolder) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a file, whole or not at all."""
+    """Copy a file, whole or not at all."""
     replace_file(target, lambda temporary: shutil.copyfile(source, temporary))

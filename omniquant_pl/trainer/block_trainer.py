@@ -75,7 +75,7 @@ class BlockTrainer(RunTrainer):
         checkpoint: Path | None = None,
         warm: Callable[[int], Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Calibrates consecutive blocks in the run folder, and goes on where that was interrupted.
+        """Calibrate consecutive blocks in the run folder, and goes on where that was interrupted.
 
         Args:
             model: The model and its settings.
@@ -95,7 +95,7 @@ class BlockTrainer(RunTrainer):
         Calibration(model, blocks, streams, data.batch_size, order, engine, state, warm).run()
 
     def resume_state(self, folder: RunFolder, resumes: bool | None = None) -> ResumeState:
-        """Returns what has been finished in a run folder; ``resumes``: whether it counts, by default as in the run."""
+        """Return what has been finished in a run folder; ``resumes``: whether it counts, by default as in the run."""
         resumes = self.resumes if resumes is None else resumes
         return ResumeState(folder, self.fingerprint, resumes, self.forces_resume)
 
@@ -108,7 +108,7 @@ class BlockTrainer(RunTrainer):
         in_turn: int = 1,
         shares: int | None = None,
     ) -> Engine:
-        """Returns what a calibration of the group's blocks needs of this trainer.
+        """Return what a calibration of the group's blocks needs of this trainer.
 
         Args:
             model: The model and its settings.
@@ -135,7 +135,7 @@ class BlockTrainer(RunTrainer):
         )
 
     def _fit_block(self, block: BlockModule, batches: HiddenStateBatches) -> None:
-        """Lets Lightning fit one block, on the trainer that has fitted those before it."""
+        """Let Lightning fit one block, on the trainer that has fitted those before it."""
         if not list(block.parameters()):  # neither clipping nor transform: nothing to learn
             return
         self.training = True

@@ -46,7 +46,7 @@ _STRATEGIES = ("single_device", "block_parallel")
 
 
 def check_options(max_epochs: int, root: Path, options: Mapping[str, Any]) -> None:
-    """Refuses what makes no sense block by block, before Lightning looks at it."""
+    """Refuse what makes no sense block by block, before Lightning looks at it."""
     if options.get("max_time") is not None:
         raise ConfigurationError("trainer.max_time", "time is not counted across blocks; use trainer.max_epochs")
     if options.get("fast_dev_run"):
@@ -69,7 +69,7 @@ def check_folding(callbacks: Sequence[CalibrationCallback]) -> None:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuses what Lightning accepts, once it has made sense of all options."""
+    """Refuse what Lightning accepts, once it has made sense of all options."""
     _check_precision(trainer.precision)  # a plugin may have set it
     if trainer.limit_train_batches == 0:
         raise ConfigurationError(
@@ -93,7 +93,7 @@ def _check_world_size(trainer: Trainer) -> None:
 
 
 def require_single_process(trainer: Trainer) -> None:
-    """Refuses a launcher's processes for what one process does: each would do the same in the same folder."""
+    """Refuse a launcher's processes for what one process does: each would do the same in the same folder."""
     strategy = trainer.strategy
     environment = strategy.cluster_environment if isinstance(strategy, GroupStrategy) else None
     if environment is not None and environment.creates_processes_externally and environment.world_size() > 1:
@@ -102,7 +102,7 @@ def require_single_process(trainer: Trainer) -> None:
 
 
 def chosen_strategy(options: Mapping[str, Any]) -> Any:
-    """Returns the strategy that a setting stands for.
+    """Return the strategy that a setting stands for.
 
     Raises:
         ConfigurationError: If it is one that blocks cannot be calibrated with.
@@ -121,7 +121,7 @@ def chosen_strategy(options: Mapping[str, Any]) -> Any:
 
 
 def check_shares(data: CalibrationData, samples: int, group: Group) -> None:
-    """Refuses samples that cannot be shared out among processes.
+    """Refuse samples that cannot be shared out among processes.
 
     Args:
         data: Its settings.
@@ -139,7 +139,7 @@ def check_shares(data: CalibrationData, samples: int, group: Group) -> None:
 
 
 def check_settings(model: OmniQuantModel, group: Group) -> None:
-    """Refuses what processes that share the samples cannot do as one would."""
+    """Refuse what processes that share the samples cannot do as one would."""
     has_experts = any(layout.experts is not None for layout in model.source.layouts)
     if group.size > 1 and has_experts and model.start.needs_samples:
         is_clipping = model.clipping is not None and model.clipping.search
@@ -151,7 +151,7 @@ def check_settings(model: OmniQuantModel, group: Group) -> None:
 
 
 def check_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, samples: int) -> None:
-    """Refuses what segments cannot be calibrated with."""
+    """Refuse what segments cannot be calibrated with."""
     size = strategy.mesh.world.size
     balanced_segments([1] * len(model.source), strategy.segment_count)  # refuses more than there are blocks
     if samples % size:
@@ -166,7 +166,7 @@ def check_segments(strategy: BlockParallelStrategy, model: OmniQuantModel, sampl
 
 
 def warn_of_slow_products(precision: str | int, device: torch.device) -> None:
-    """Says that an x86 processor without AVX-512 multiplies bfloat16 far more slowly than float32."""
+    """Say that an x86 processor without AVX-512 multiplies bfloat16 far more slowly than float32."""
     if device.type != "cpu" or not str(precision).startswith("bf16") or platform.machine() not in ("x86_64", "AMD64"):
         return
     vectors = torch.backends.cpu.get_cpu_capability()
@@ -176,7 +176,7 @@ def warn_of_slow_products(precision: str | int, device: torch.device) -> None:
 
 
 def check_compile(model: OmniQuantModel, data: CalibrationData, device: torch.device, group: Group) -> None:
-    """Refuses compiled steps where they cannot work, or would be compiled over and over."""
+    """Refuse compiled steps where they cannot work, or would be compiled over and over."""
     if not model.learning.compile:
         return
     check_compiler(device)

@@ -17,7 +17,7 @@ _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 def check_devices(options: Mapping[str, Any]) -> None:
-    """Refuses devices that are not here, before Lightning looks for them.
+    """Refuse devices that are not here, before Lightning looks for them.
 
     Raises:
         ConfigurationError: It names the key, and the devices of this machine.
@@ -69,7 +69,7 @@ def _check_count(accelerator: str, devices: Any) -> None:
 
 
 def _numbers(devices: Any) -> int | list[int] | None:
-    """A number of devices, their indices, or ``None`` of a setting that chooses by itself."""
+    """Return a number of devices, their indices, or ``None`` of a setting that chooses by itself."""
     if isinstance(devices, list):
         return [int(index) for index in devices]
     text = str(devices).strip()
@@ -85,7 +85,7 @@ def _numbers(devices: Any) -> int | list[int] | None:
 
 
 def lightning_refusal(error: Exception, options: Mapping[str, Any]) -> ConfigurationError:
-    """Returns what Lightning says of an option, in one line, with the key of the option that it is about."""
+    """Return what Lightning says of an option, in one line, with the key of the option that it is about."""
     message = " ".join(str(error).split())
     words = re.findall(r"\w+", message)
     names = [name for name in options if name in words]

@@ -109,7 +109,7 @@ class RunTrainer(CalibrationTrainer):
             self.loggers = loggers
 
     def prepare(self, model: OmniQuantModel, data: CalibrationData) -> Tensor:
-        """Opens model and data and refuses what cannot work, before any work.
+        """Open model and data and refuse what cannot work, before any work.
 
         Returns:
             Calibration token ids ``[samples, tokens]``.
@@ -129,13 +129,13 @@ class RunTrainer(CalibrationTrainer):
 
     @override
     def evaluation(self, model: OmniQuantModel) -> Evaluation:
-        """Returns what measures the perplexities of the run; :meth:`prepare` comes first."""
+        """Return what measures the perplexities of the run; :meth:`prepare` comes first."""
         # Apart from a calibration's files: a run that is measured may be going on.
         room, context = self.room(model, self.run_folder.streams / "evaluation"), self.precision_plugin.forward_context
         return Evaluation(model, self.run_folder, self.evaluation_tokens, room, context, self.group)
 
     def room(self, model: OmniQuantModel, folder: Path) -> MemoryBudget:
-        """Returns what this process may take for hidden states, with files in a folder of the group's."""
+        """Return what this process may take for hidden states, with files in a folder of the group's."""
         if self.group.size > 1:
             folder = folder / f"{self.group.rank:05d}-of-{self.group.size:05d}"
         return MemoryBudget(self.strategy.root_device, folder, model.activation_budget, self.num_devices)
@@ -147,7 +147,7 @@ class RunTrainer(CalibrationTrainer):
 
 
 def _logger_in(folder: Path) -> CSVLogger:
-    """The logger that writes ``logs/metrics.csv``."""
+    """Return the logger that writes ``logs/metrics.csv``."""
     return CSVLogger(folder, name="logs", version="")
 
 
@@ -158,7 +158,7 @@ def _listed(plugins: Any) -> list[Any]:
 
 
 def bind(data: CalibrationData, model: OmniQuantModel) -> None:
-    """Tells the data for which model they are."""
+    """Tell the data for which model they are."""
     source = model.source
     found = source.found_tokenizer
     size = int(source.config.vocab_size)
@@ -166,5 +166,5 @@ def bind(data: CalibrationData, model: OmniQuantModel) -> None:
 
 
 def seed() -> int:
-    """The seed that Lightning was given, or the published one."""
+    """Return the seed that Lightning was given, or the published one."""
     return int(os.environ.get("PL_GLOBAL_SEED", "2"))

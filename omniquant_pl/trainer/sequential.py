@@ -86,7 +86,7 @@ class SequentialTrainer(BlockTrainer):
         self.training = False
 
     def _checkpoint_of(self, ckpt_path: Any) -> Path:
-        """Decides whether an earlier run is gone on with, and from which checkpoint inside a block."""
+        """Decide whether an earlier run is gone on with, and from which checkpoint inside a block."""
         self.resumes = ckpt_path is not None or is_requeued()
         if ckpt_path in (None, "last"):
             return self.run_folder.checkpoint
@@ -114,7 +114,7 @@ class SequentialTrainer(BlockTrainer):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keeps other jobs out of the run folder, which all processes must see."""
+        """Keep other jobs out of the run folder, which all processes must see."""
         with ExitStack() as stack:
             with self.group.together():
                 if self.is_global_zero:
@@ -145,14 +145,14 @@ class SequentialTrainer(BlockTrainer):
     def _calibrate_all(
         self, model: OmniQuantModel, datamodule: CalibrationData, tokens: Tensor, checkpoint: Path
     ) -> None:
-        """Calibrates all blocks in order; the streams are gone when it returns, before anything is evaluated."""
+        """Calibrate all blocks in order; the streams are gone when it returns, before anything is evaluated."""
         engine = self.engine(model, tokens, datamodule.micro_batch_size)
         streams = HiddenStatePair(engine.embed(model.source, self.group.share(tokens)))
         blocks, state = range(len(model.source)), self.resume_state(self.run_folder)
         self.calibrate(model, datamodule, len(tokens), blocks, streams, engine, state, checkpoint)
 
     def _settings(self, model: OmniQuantModel, data: CalibrationData) -> dict[str, Any]:
-        """What decides what is learned, but for model files and tokens; no setting at its default."""
+        """Return what decides what is learned, but for model files and tokens; no setting at its default."""
         counted = {"max_epochs": self.epochs_per_block, "min_epochs": self._least_epochs}  # Lightning counts all blocks
         trainer = {name: getattr(self, name) for name in TRAINER_DEFAULTS} | counted
         batches = {name: getattr(data, name) for name in ("batch_size", "shuffle", "micro_batch_size")}

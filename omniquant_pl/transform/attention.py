@@ -43,7 +43,7 @@ class ValueToOutput:
         return str(self.value)
 
     def build(self, tensors: Mapping[str, Tensor], shape: AttentionShape, shift: bool) -> ValueToOutputPair:
-        """Returns the learnable pair for a block with these weights and heads; a shift where both have biases."""
+        """Return the learnable pair for a block with these weights and heads; a shift where both have biases."""
         value, rows = linear_and_rows(self.value, shape, tensors)
         biases = f"{value}.bias" in tensors and f"{self.output}.bias" in tensors
         return ValueToOutputPair(value, rows, self.output, shape, shift and biases)
@@ -135,7 +135,7 @@ class QueryToKey:
         return str(self.query)
 
     def build(self, tensors: Mapping[str, Tensor], shape: AttentionShape, _: bool) -> QueryToKeyPair:
-        """Returns the learnable pair for a block with these weights and heads."""
+        """Return the learnable pair for a block with these weights and heads."""
         query, key = (linear_and_rows(projection, shape, tensors) for projection in (self.query, self.key))
         return QueryToKeyPair(query, key, shape)
 
@@ -183,7 +183,7 @@ class QueryToKeyPair(Pair):
 
     @override
     def initialize(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange], alpha: float) -> None:
-        """Leaves the scale at one, as the original does: both sides are quantized alike."""
+        """Leave the scale at one, as the original does: both sides are quantized alike."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class NormedQueryToKey:
         return self.query_norm
 
     def build(self, _: Mapping[str, Tensor], shape: AttentionShape, __: bool) -> NormedQueryToKeyPair:
-        """Returns the learnable pair for these heads."""
+        """Return the learnable pair for these heads."""
         return NormedQueryToKeyPair(self, shape)
 
 
@@ -242,4 +242,4 @@ class NormedQueryToKeyPair(Pair):
 
     @override
     def initialize(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange], alpha: float) -> None:
-        """Leaves the scale at one: both sides are quantized alike."""
+        """Leave the scale at one: both sides are quantized alike."""

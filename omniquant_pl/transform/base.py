@@ -46,11 +46,11 @@ class Pair(nn.Module, ABC):
 
     @abstractmethod
     def apply_to(self, tensors: BlockTensors) -> None:
-        """Replaces the entries that this pair transforms by their transformed values."""
+        """Replace the entries that this pair transforms by their transformed values."""
 
     @abstractmethod
     def initialize(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, ChannelRange], alpha: float) -> None:
-        """Sets the starting point from the calibration set.
+        """Set the starting point from the calibration set.
 
         Args:
             tensors: The block's original weights.
@@ -76,16 +76,16 @@ class Pair(nn.Module, ABC):
         return ()
 
     def spread(self, values: Tensor) -> Tensor:
-        """Repeats values ``[channels]``, such as the scale, to the input channels of the consumers."""
+        """Repeat values ``[channels]``, such as the scale, to the input channels of the consumers."""
         return values
 
     def gather(self, per_channel: Tensor) -> Tensor:
-        """Takes the largest of the input channels of the consumers that share a scale: ``[channels]``."""
+        """Take the largest of the input channels of the consumers that share a scale: ``[channels]``."""
         return per_channel
 
     @torch.no_grad()
     def project(self) -> None:
-        """Keeps the magnitude of the scale away from zero, its sign as it is; or the scale positive."""
+        """Keep the magnitude of the scale away from zero, its sign as it is; or the scale positive."""
         if self._positive:
             self.scale.clamp_(min=_SMALLEST_SCALE)
             return
@@ -94,7 +94,7 @@ class Pair(nn.Module, ABC):
 
 
 def initial_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """Returns ``max|X|^alpha / max|W|^(1 - alpha)``, at least 1e-5 (SmoothQuant, arXiv 2211.10438, equation 4).
+    """Return ``max|X|^alpha / max|W|^(1 - alpha)``, at least 1e-5 (SmoothQuant, arXiv 2211.10438, equation 4).
 
     Args:
         activation: Largest magnitude per channel ``[channels]``.
@@ -106,7 +106,7 @@ def initial_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 
 def range_of(inputs: Mapping[str, ChannelRange], linears: Iterable[str]) -> ChannelRange | None:
-    """Returns the range over everything that these linears have read, or ``None`` where no token reached any."""
+    """Return the range over everything that these linears have read, or ``None`` where no token reached any."""
     found = [inputs[name] for name in linears if name in inputs]
     if not found:
         return None
@@ -115,12 +115,12 @@ def range_of(inputs: Mapping[str, ChannelRange], linears: Iterable[str]) -> Chan
 
 
 def scale_columns(tensors: BlockTensors, linear: str, scale: Tensor) -> None:
-    """Multiplies the input channels of a linear's weight by ``scale [in]``."""
+    """Multiply the input channels of a linear's weight by ``scale [in]``."""
     tensors[f"{linear}.weight"] = tensors[f"{linear}.weight"] * scale
 
 
 def scale_rows(tensors: BlockTensors, linear: str, scale: Tensor, rows: Tensor | None = None) -> None:
-    """Multiplies output channels of a linear, bias included.
+    """Multiply output channels of a linear, bias included.
 
     Args:
         tensors: The block's tensors.
@@ -137,5 +137,5 @@ def scale_rows(tensors: BlockTensors, linear: str, scale: Tensor, rows: Tensor |
 
 
 def add_shift(tensors: BlockTensors, linear: str, shift: Tensor) -> None:
-    """Adds to a linear's bias what it makes of an input shift ``[in]``: call it before its columns are scaled."""
+    """Add to a linear's bias what it makes of an input shift ``[in]``: call it before its columns are scaled."""
     tensors[f"{linear}.bias"] = tensors[f"{linear}.bias"] + tensors[f"{linear}.weight"] @ shift

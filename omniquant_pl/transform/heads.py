@@ -30,12 +30,12 @@ class AttentionShape:
     rotary_dim: int | None = None
 
     def spread(self, per_kv_channel: Tensor) -> Tensor:
-        """Repeats ``[kv_heads * head_dim]`` over the query heads that share them, to ``[heads * head_dim]``."""
+        """Repeat ``[kv_heads * head_dim]`` over the query heads that share them, to ``[heads * head_dim]``."""
         grouped = per_kv_channel.view(self.kv_heads, 1, self.head_dim)
         return grouped.expand(-1, self.heads // self.kv_heads, -1).reshape(-1)
 
     def gather(self, per_channel: Tensor) -> Tensor:
-        """Takes the largest over the query heads of a kv head: ``[heads * head_dim]`` to ``[kv_heads * head_dim]``."""
+        """Take the largest over the query heads of a kv head: ``[heads * head_dim]`` to ``[kv_heads * head_dim]``."""
         return per_channel.view(self.kv_heads, -1, self.head_dim).amax(1).reshape(-1)
 
     @property
@@ -44,7 +44,7 @@ class AttentionShape:
         return self.head_dim - self._rotary_dim // 2
 
     def spread_rotary(self, per_pair: Tensor) -> Tensor:
-        """Repeats ``[n * rotary_scales]`` over the two channels of each rotary pair, to ``[n * head_dim]``."""
+        """Repeat ``[n * rotary_scales]`` over the two channels of each rotary pair, to ``[n * head_dim]``."""
         heads = per_pair.view(-1, self.rotary_scales)
         turned = heads[:, : self._rotary_dim // 2]
         return torch.cat((turned, turned, heads[:, self._rotary_dim // 2 :]), dim=1).reshape(-1)
@@ -70,11 +70,11 @@ class Part:
     order: Literal["stacked", "grouped"] = "stacked"
 
     def __str__(self) -> str:
-        """Name in files."""
+        """Return the name in files."""
         return f"{self.linear}.{self.kind}"
 
     def rows(self, shape: AttentionShape, out_features: int) -> Tensor:
-        """Returns the indices of its output channels, head after head.
+        """Return the indices of its output channels, head after head.
 
         Args:
             shape: The heads, for query, key and value.
@@ -93,7 +93,7 @@ class Part:
 def linear_and_rows(
     projection: str | Part, shape: AttentionShape, tensors: Mapping[str, Tensor]
 ) -> tuple[str, Tensor | None]:
-    """Returns the linear that a projection is, or is part of, and its output channels there (``None``: all)."""
+    """Return the linear that a projection is, or is part of, and its output channels there (``None``: all)."""
     if isinstance(projection, Part):
         return projection.linear, projection.rows(shape, len(tensors[f"{projection.linear}.weight"]))
     return projection, None

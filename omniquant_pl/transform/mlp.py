@@ -40,7 +40,7 @@ class UpToDown:
         return str(self.up)
 
     def build(self, tensors: Mapping[str, Tensor], shape: AttentionShape, _: bool) -> UpToDownPair:
-        """Returns the learnable pair for a block with these weights."""
+        """Return the learnable pair for a block with these weights."""
         up, rows = linear_and_rows(self.up, shape, tensors)
         return UpToDownPair(up, rows, self.down, tensors[f"{self.down}.weight"].shape[1], self.positive)
 

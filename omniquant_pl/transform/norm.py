@@ -39,7 +39,7 @@ class NormToLinears:
         return self.norm
 
     def build(self, tensors: Mapping[str, Tensor], _: AttentionShape, shift: bool) -> NormToLinearsPair:
-        """Returns the learnable pair for a block with these weights; a shift where norm and readers have biases."""
+        """Return the learnable pair for a block with these weights; a shift where norm and readers have biases."""
         channels = tensors[f"{self.norm}.weight"].numel()
         biases = [f"{name}.bias" in tensors for name in (self.norm, *self.linears, *self.others)]
         return NormToLinearsPair(self, channels, shift and all(biases))

@@ -8,7 +8,7 @@ __all__ = ["devices_here"]
 
 
 def devices_here() -> str:
-    """Returns the devices of this machine that PyTorch computes on, such as ``cpu, cuda:0 to cuda:3``."""
+    """Return the devices of this machine that PyTorch computes on, such as ``cpu, cuda:0 to cuda:3``."""
     names = ["cpu"]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:

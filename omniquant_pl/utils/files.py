@@ -17,7 +17,7 @@ __all__ = ["finite", "replace_file", "write_json", "write_tensors", "write_text"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file through a temporary one in the same folder: flush to disk, rename, flush the folder.
+    """Write a file through a temporary one in the same folder: flush to disk, rename, flush the folder.
 
     Args:
         path: The file to create or replace; its folder is created.
@@ -46,17 +46,17 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file."""
+    """Write a UTF-8 text file."""
     replace_file(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, indented by two spaces, keys in the given order; a number that is not finite becomes null."""
+    """Write a JSON file, indented by two spaces, keys in the given order; a number that is not finite becomes null."""
     write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def finite(content: Any) -> Any:
-    """Returns what JSON can hold of a content: numbers that are not finite become ``None``."""
+    """Return what JSON can hold of a content: numbers that are not finite become ``None``."""
     if isinstance(content, Mapping):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -65,7 +65,7 @@ def finite(content: Any) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file.
+    """Write a safetensors file.
 
     Args:
         path: The file to create or replace.

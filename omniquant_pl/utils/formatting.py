@@ -8,7 +8,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def format_bytes(count: float) -> str:
-    """Returns 1234567 as ``1.23 MB``."""
+    """Return 1234567 as ``1.23 MB``."""
     unit = 0
     while count >= 999.5 and unit < len(_UNITS) - 1:
         count, unit = count / 1000, unit + 1
@@ -16,7 +16,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns 4000 as ``1 h 7 min``, 216 as ``3 min 36 s`` and 5.2 as ``5.2 s``."""
+    """Return 4000 as ``1 h 7 min``, 216 as ``3 min 36 s`` and 5.2 as ``5.2 s``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     if seconds < 3599.5:
@@ -27,12 +27,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Returns a number with two places; ``not finite`` of what stands as null in files."""
+    """Return a number with two places; ``not finite`` of what stands as null in files."""
     if value is None:
         return "not finite"
     return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 def scientific(value: float | None) -> str:
-    """Returns 0.000123 as ``1.23e-04``."""
+    """Return 0.000123 as ``1.23e-04``."""
     return "not finite" if value is None else f"{value:.2e}"

@@ -12,12 +12,12 @@ __all__ = ["exact_dtype", "gradients_by_micro_batch", "split_batch", "with_gradi
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Returns what sums are kept in that should not depend on their order: float64, which Apple's GPUs do not have."""
+    """Return what sums are kept in that should not depend on their order: float64, which Apple's GPUs do not have."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def split_batch(batch: Sequence[Tensor], micro_batch_size: int | None) -> list[tuple[Tensor, ...]]:
-    """Returns some samples of a batch at a time, ``None`` for all; an empty batch has no part."""
+    """Return some samples of a batch at a time, ``None`` for all; an empty batch has no part."""
     samples = len(batch[0])
     return list(zip(*(tensor.split(micro_batch_size or samples) for tensor in batch), strict=True)) if samples else []
 
@@ -30,7 +30,7 @@ def gradients_by_micro_batch(
     samples: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Returns the loss of some samples and its gradients, which are computed part by part.
+    """Return the loss of some samples and its gradients, which are computed part by part.
 
     Args:
         loss_of: Mean loss of some samples.
@@ -56,7 +56,7 @@ def gradients_by_micro_batch(
 
 
 def with_gradients(value: Tensor, gradients: list[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Returns a value whose ``backward`` gives parameters known gradients; the list is emptied meanwhile."""
+    """Return a value whose ``backward`` gives parameters known gradients; the list is emptied meanwhile."""
     known: Tensor = _Computed.apply(value, gradients, *parameters)  # type: ignore[no-untyped-call]
     return known
 

@@ -15,18 +15,18 @@ _LIKE = 0.65
 
 
 def find_preset(name: str) -> Path | None:
-    """Returns the file of a preset such as ``w4a4``, ``w4a4.yaml`` or ``best/w4a4``, ``None`` if there is none."""
+    """Return the file of a preset such as ``w4a4``, ``w4a4.yaml`` or ``best/w4a4``, ``None`` if there is none."""
     file = f"{_stem(name)}.yaml"
     return next((folder / file for folder in _FOLDERS if (folder / file).is_file()), None)
 
 
 def _presets() -> list[str]:
-    """Returns the names of all presets, such as ``w4a4`` and ``best/w4a4``."""
+    """Return the names of all presets, such as ``w4a4`` and ``best/w4a4``."""
     return sorted({_stem(path.relative_to(f).as_posix()) for f in _FOLDERS for path in f.rglob("*.yaml")})
 
 
 def find_config(name: str) -> str:
-    """Returns the path of a configuration; what is no file is looked up among the presets.
+    """Return the path of a configuration; what is no file is looked up among the presets.
 
     Args:
         name: What was given to ``--config``, such as ``w4a4``, ``best/w4a4.yaml`` or ``./own.yaml``.
@@ -76,7 +76,7 @@ def _not_there(name: str) -> str:
 
 
 def _nearest(name: str) -> list[str]:
-    """Returns the names of the three presets that are most like a name, fewer if not as many are alike."""
+    """Return the names of the three presets that are most like a name, fewer if not as many are alike."""
     wanted = _stem(name.lower()).removeprefix("configs/")
     scores = {each: _likeness(wanted, each) for each in _presets()}
     alike = [each for each, score in scores.items() if score >= _LIKE]

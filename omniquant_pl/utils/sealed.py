@@ -24,7 +24,7 @@ class DamagedFileError(ValueError):
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-    """Writes tensors and what describes them, whole or not at all.
+    """Write tensors and what describes them, whole or not at all.
 
     Args:
         path: The file to create or replace.
@@ -38,7 +38,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], content: Mapping[str
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Reads a file of :func:`write_sealed`.
+    """Read a file of :func:`write_sealed`.
 
     Returns:
         The tensors, and what describes them; ``None`` of a safetensors file that was not sealed.
@@ -69,7 +69,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Returns the SHA-256 over names, dtypes, shapes and bytes of the tensors, and over the text."""
+    """Return the SHA-256 over names, dtypes, shapes and bytes of the tensors, and over the text."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -50,7 +50,7 @@ class SignalHandler:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals inside; does nothing outside the main thread, where Python delivers none."""
+        """Handle the signals inside; does nothing outside the main thread, where Python delivers none."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -74,7 +74,7 @@ class SignalHandler:
             self._deferred -= 1
 
     def obey(self) -> None:
-        """Ends the calibration if a signal has come, to whichever process of those that work together.
+        """End the calibration if a signal has come, to whichever process of those that work together.
 
         Raises:
             Interrupted: Then.
@@ -85,7 +85,7 @@ class SignalHandler:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Takes the failure of a connection for the signal, if one has come: another process has obeyed it already."""
+        """Take the failure of a connection for the signal, if one has come: another process has obeyed it already."""
         try:
             yield
         except RuntimeError as error:
@@ -104,7 +104,7 @@ class SignalHandler:
 
 
 def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run, is_first: bool = True) -> bool:
-    """Puts the job of SLURM into the queue again if that is what the signal has asked for.
+    """Put the job of SLURM into the queue again if that is what the signal has asked for.
 
     Args:
         error: What ended the calibration.
@@ -123,7 +123,7 @@ def requeue(error: Interrupted, run: Callable[..., object] = subprocess.run, is_
 
 
 def is_requeued() -> bool:
-    """Whether SLURM has started this job before."""
+    """Return whether SLURM has started this job before."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 

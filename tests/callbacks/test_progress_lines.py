@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniquant_pl.callbacks.progress_lines import block_line, divergence, duration, finish_lines, small
+from omniquant_pl.callbacks.progress_lines import block_line, divergence, duration, encodable, finish_lines, small
 
 NUMBERS = st.none() | st.just(math.nan) | st.floats(min_value=0, allow_infinity=True)
 SECONDS = st.floats(min_value=0, max_value=3.5e5)  # four days
@@ -54,6 +54,11 @@ def test_what_is_not_finite_says_so(value: float | None) -> None:
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_a_terminal_that_knows_ascii_alone() -> None:
+    assert encodable("error 0.1 · 5 s → ü", "ascii") == "error 0.1 - 5 s -> ?"
+    assert encodable("error 0.1 · 5 s → ü", "utf-8") == "error 0.1 · 5 s → ü"
 
 
 def test_the_end_names_what_there_is(tmp_path: Path) -> None:

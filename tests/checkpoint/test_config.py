@@ -28,7 +28,7 @@ from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.cli.program import main
 from omniquant_pl.errors import ConfigurationError
 
-ABSENT = object()
+ABSENT = "absent"
 
 
 def change(folder: Path, **changes: Any) -> Path:

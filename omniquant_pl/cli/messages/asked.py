@@ -39,21 +39,21 @@ class Asked:
         return written_settings(self.arguments)
 
     def find(self, key: str, value: str | None = None) -> Written | None:
-        """Finds the setting that a message is of; see :func:`find_written`."""
+        """Find the setting that a message is of; see :func:`find_written`."""
         return find_written(self.written, key, value)
 
     def classes(self, key: str) -> list[type]:
-        """Returns the classes that a setting may name."""
+        """Return the classes that a setting may name."""
         return [] if self.parser is None else classes_of(self.parser, key)
 
     def class_at(self, section: str) -> str | None:
-        """Returns the class that was named last for a setting, ``None`` if there is none."""
+        """Return the class that was named last for a setting, ``None`` if there is none."""
         keys = (section, f"{section}+", f"{section}.class_path")
         names = [each.value for each in self.written if each.key in keys and each.value]
         return names[-1] if names else None
 
     def last_class(self) -> str | None:
-        """Returns the class that was named last of all."""
+        """Return the class that was named last of all."""
         names = [each.value for each in self.written if each.value and self._names_class(each.key)]
         return names[-1] if names else None
 

@@ -17,7 +17,7 @@ _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a text"}
 
 
 def check_config_file(path: str) -> None:
-    """Refuses a file that holds no settings, whatever these are.
+    """Refuse a file that holds no settings, whatever these are.
 
     Args:
         path: What was given to ``--config``.
@@ -40,7 +40,7 @@ def check_config_file(path: str) -> None:
 
 
 def read_nodes(path: str) -> yaml.Node | None:
-    """Returns the content of a configuration file with the lines that it stands in, ``None`` of an empty one.
+    """Return the content of a configuration file with the lines that it stands in, ``None`` of an empty one.
 
     Raises:
         ConfigurationError: As :func:`check_config_file`.

@@ -17,7 +17,7 @@ __all__ = ["Asked", "explain"]
 
 
 def explain(message: str, asked: Asked) -> str:
-    """Returns a parser's message, shorter, with the whole key and what would be right.
+    """Return a parser's message, shorter, with the whole key and what would be right.
 
     Args:
         message: The parser's.

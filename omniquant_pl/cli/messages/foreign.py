@@ -117,7 +117,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 
 
 def command_for(word: str, commands: Sequence[str]) -> str | None:
-    """Returns the command that a word was meant for, ``None`` if it is like none of them."""
+    """Return the command that a word was meant for, ``None`` if it is like none of them."""
     spellings = {synonym: command for command, synonyms in COMMANDS.items() for synonym in synonyms}
     spellings |= {command: command for command in commands}
     found = difflib.get_close_matches(word.lower(), spellings, 1, 0.7)

@@ -20,7 +20,7 @@ _FEW = 3
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
-    """Returns all keys of a command's parser, those of sections and of settings that may be null among them."""
+    """Return all keys of a command's parser, those of sections and of settings that may be null among them."""
     found: dict[str, None] = {}
     for action in parser._actions:
         is_own = action.option_strings and action.dest not in ("help", "print_config")
@@ -42,12 +42,12 @@ def _inside(key: str, kind: Any) -> Iterator[str]:
 
 
 def children(known: Collection[str], section: str) -> list[str]:
-    """Returns the keys right below a section."""
+    """Return the keys right below a section."""
     return [key for key in known if key.startswith(f"{section}.") and "." not in key[len(section) + 1 :]]
 
 
 def nearest_keys(given: str, known: Collection[str]) -> list[str]:
-    """Returns what a key was meant for, the likeliest first; empty if it is like none.
+    """Return what a key was meant for, the likeliest first; empty if it is like none.
 
     Args:
         given: The key as it was written, without dashes in front.
@@ -80,7 +80,7 @@ def _likeness(given: list[str], known: list[str]) -> float:
 
 
 def classes_of(parser: ArgumentParser, key: str) -> list[type]:
-    """Returns the classes that a setting accepts by ``class_path``; they that are imported, with all below them."""
+    """Return the classes that a setting accepts by ``class_path``; they that are imported, with all below them."""
     action = next((action for action in parser._actions if action.dest == key), None)
     return [each for base in _bases(getattr(action, "_typehint", None)) for each in _below(base)]
 
@@ -100,14 +100,14 @@ def _below(base: type) -> Iterator[type]:
 
 
 def nearest_classes(given: str, classes: Collection[type]) -> list[str]:
-    """Returns the names of the classes that a misspelt ``class_path`` was meant for."""
+    """Return the names of the classes that a misspelt ``class_path`` was meant for."""
     names = {each.__name__: each for each in classes if not each.__name__.startswith("_")}
     found = difflib.get_close_matches(given.rpartition(".")[2], names, _FEW, _LIKE)
     return found or [name for name in names if given.rpartition(".")[2].lower() in name.lower()][:_FEW]
 
 
 def parameters_of(name: str, classes: Collection[type]) -> list[str]:
-    """Returns what a class takes as ``init_args``, by its name or import path."""
+    """Return what a class takes as ``init_args``, by its name or import path."""
     short = name.rpartition(".")[2]
     found = next((each for each in classes if each.__name__ == short), None)
     return [] if found is None else [each for each in inspect.signature(found).parameters if each != "kwargs"]

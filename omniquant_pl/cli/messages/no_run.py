@@ -13,7 +13,7 @@ _SECTIONS = ("config", "c", "model", "data", "trainer", "seed_everything")
 
 
 def fit_first(folder: Path, asked: Asked) -> str:
-    """Returns which command calibrates the run that a command line is on, and which runs there are instead.
+    """Return which command calibrates the run that a command line is on, and which runs there are instead.
 
     Args:
         folder: The run folder, which holds no run.
@@ -26,7 +26,7 @@ def fit_first(folder: Path, asked: Asked) -> str:
 
 
 def _of_fit(arguments: list[str]) -> list[str]:
-    """The arguments that fit has too."""
+    """Return the arguments that fit has too."""
     result: list[str] = []
     takes_value = False
     for argument in arguments:

@@ -58,7 +58,7 @@ def check_nulls(config: Mapping[str, Any], asked: Asked) -> None:
 
 
 def _is_misread(value: str | None) -> bool:
-    """Whether it is neither a section nor a text, for which the parser has words."""
+    """Return whether it is neither a section nor a text, for which the parser has words."""
     return value is not None and not isinstance(yaml.safe_load(value), str)
 
 

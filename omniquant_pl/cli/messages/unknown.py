@@ -15,7 +15,7 @@ __all__ = ["unknown_argument", "unknown_key"]
 
 
 def unknown_argument(word: str, asked: Asked) -> str:
-    """Says what a word on the command line was meant for that is no flag of the command.
+    """Say what a word on the command line was meant for that is no flag of the command.
 
     Args:
         word: As it stands there, with its value behind an equals sign.
@@ -37,7 +37,7 @@ def unknown_argument(word: str, asked: Asked) -> str:
 
 
 def _lonely(word: str, asked: Asked) -> str:
-    """What a value without a flag may have been meant for."""
+    """Return what a value without a flag may have been meant for."""
     before = asked.arguments[asked.arguments.index(word) - 1] if word in asked.arguments else ""
     if word.endswith((".yaml", ".yml")):
         return f"no flag stands in front of it; did you mean --config {word}?"
@@ -49,7 +49,7 @@ def _lonely(word: str, asked: Asked) -> str:
 
 
 def unknown_key(key: str, asked: Asked) -> str:
-    """Says what a key was meant for, with its place in a file if it stands in one.
+    """Say what a key was meant for, with its place in a file if it stands in one.
 
     Args:
         key: As the parser names it: the whole of it, or its last part.
@@ -69,7 +69,7 @@ def unknown_key(key: str, asked: Asked) -> str:
 
 
 def _of_class(section: str, name: str, asked: Asked) -> str | None:
-    """What a class does not take, ``None`` where the section is no class."""
+    """Return what a class does not take, ``None`` where the section is no class."""
     given, classes = asked.class_at(section), asked.classes(section)
     if children(asked.known, section) or given is None or not classes:
         return None
@@ -80,7 +80,7 @@ def _of_class(section: str, name: str, asked: Asked) -> str | None:
 
 
 def _first_unknown(found: Written, asked: Asked) -> Written:
-    """The outermost key that is not known, of those that lead to a setting in a file."""
+    """Return the outermost key that is not known, of those that lead to a setting in a file."""
     file = found.origin.rpartition(", line ")[0]
     for each in asked.written:
         leads = found.key == each.key or found.key.startswith(f"{each.key}.")
@@ -90,7 +90,7 @@ def _first_unknown(found: Written, asked: Asked) -> Written:
 
 
 def _no_setting(key: str, asked: Asked, dashes: str) -> str:
-    """What follows the place of an unknown key."""
+    """Return what follows the place of an unknown key."""
     said = "there is no such setting" if dashes else f"there is no setting {key}"
     hint = HINTS.get(key.lower().replace("-", "_"))
     nearest = [f"{dashes}{each}" for each in nearest_keys(key, asked.known)]

@@ -39,7 +39,7 @@ _WORDS = {
 
 
 def wrong_value(message: str, asked: Asked) -> str | None:
-    """Returns what is wrong with a value and what would be right, ``None`` if the message is not of one."""
+    """Return what is wrong with a value and what would be right, ``None`` if the message is not of one."""
     key = _KEY.search(message)
     if key is None:
         return None
@@ -57,7 +57,7 @@ def wrong_value(message: str, asked: Asked) -> str | None:
 
 
 def _given(message: str) -> re.Match[str] | None:
-    """What was given; of a list the entry that is not accepted, where the message has it."""
+    """Return what was given; of a list the entry that is not accepted, where the message has it."""
     whole, part = (form.search(message) for form in _GIVEN)
     return part if whole is None or (part is not None and whole[1].startswith("[")) else whole
 
@@ -113,7 +113,7 @@ def _no_list(key: str, value: str, asked: Asked, written: Written | None) -> str
 
 
 def _joined(value: str, arguments: Sequence[str]) -> str:
-    """The value with the words that follow it, up to the next flag."""
+    """Return the value with the words that follow it, up to the next flag."""
     start = next((index for index, word in enumerate(arguments) if word == value or word.endswith(f"={value}")), None)
     if start is None:
         return value

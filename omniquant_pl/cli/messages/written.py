@@ -30,7 +30,7 @@ class Written:
 
 
 def config_files(arguments: Sequence[str]) -> Iterator[str]:
-    """Yields what is given to ``--config``, in order."""
+    """Yield what is given to ``--config``, in order."""
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         flag, separator, value = argument.partition("=")
         if flag not in ("--config", "-c"):
@@ -42,7 +42,7 @@ def config_files(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def written_settings(arguments: Sequence[str]) -> list[Written]:
-    """Returns all settings of a command line: those of files first, as flags win over them."""
+    """Return all settings of a command line: those of files first, as flags win over them."""
     found: list[Written] = []
     for path in config_files(arguments):
         try:
@@ -55,7 +55,7 @@ def written_settings(arguments: Sequence[str]) -> list[Written]:
 
 
 def find_written(settings: Sequence[Written], key: str, value: str | None = None) -> Written | None:
-    """Finds the setting that a message is of, which may have only the end of its key.
+    """Find the setting that a message is of, which may have only the end of its key.
 
     Args:
         settings: All that were written.

@@ -86,7 +86,7 @@ class Plan:
 
 
 def plan(job: Job, times: BlockTimes, devices: int, nodes: int, segments: int | None = None) -> Plan:
-    """Shares a job out.
+    """Share a job out.
 
     Args:
         job: What is to be calibrated.
@@ -145,7 +145,7 @@ def _longest(segments: Sequence[float], in_turn: int) -> float:
 
 
 def _seconds(job: Job, times: BlockTimes, cost: int, share: int, epochs: int | None = None) -> float:
-    """A block in the hands of so many processes."""
+    """Return a block in the hands of so many processes."""
     epochs = job.epochs if epochs is None else epochs
     passes = _PASSES + job.augmented
     of_sample = passes * times.forward + epochs * times.step * job.window
@@ -153,7 +153,7 @@ def _seconds(job: Job, times: BlockTimes, cost: int, share: int, epochs: int | N
 
 
 def _input_seconds(job: Job, times: BlockTimes, blocks: int, size: int) -> float:
-    """The pass over the blocks in front of the last segment: the next is read while one is computed."""
+    """Return the pass over the blocks in front of the last segment: the next is read while one is computed."""
     scale = sum(job.costs[:blocks]) / max(job.costs)
     return scale * max(times.read, times.forward * job.samples / size)
 
@@ -169,7 +169,7 @@ def _stream_memory(job: Job, share: int, streams: int) -> int:
 
 
 def _sent(job: Job, others: int, size: int, share: int, blocks: int) -> int:
-    """Hidden states in front of other processes' segments, and gradients of the factors where samples are shared."""
+    """Return the bytes sent: hidden states of other processes' segments, and gradients where samples are shared."""
     hidden = job.samples * job.tokens * job.channels * 4 // size * others
     passes = 3 if job.stitch_epochs else 1
     steps = -(-job.samples // job.batch_size) * job.epochs * blocks

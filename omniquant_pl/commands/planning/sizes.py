@@ -36,7 +36,7 @@ class Skeleton:
 
 
 def read_skeleton(path: str) -> Skeleton:
-    """Reads a model's sizes; it need not have weights.
+    """Read a model's sizes; it need not have weights.
 
     Args:
         path: Name of an embedded model, path of a folder, or hub id, of which config.json alone is downloaded.
@@ -78,7 +78,7 @@ def _sizes(model: PreTrainedModel, family: Family, config: PretrainedConfig, is_
 
 
 def _download_config(repository: str) -> Path:
-    """Returns the folder of a hub repository's config.json, without its weights."""
+    """Return the folder of a hub repository's config.json, without its weights."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

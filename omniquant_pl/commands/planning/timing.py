@@ -32,7 +32,7 @@ _DISK = 2e9
 def measured_times(
     model: OmniQuantModel, tokens: Tensor, batch_size: int, index: int, engine: Engine
 ) -> tuple[BlockTimes, int]:
-    """Reads one block, runs it, lets it learn for some steps, and folds it.
+    """Read one block, runs it, lets it learn for some steps, and fold it.
 
     Args:
         model: The model and its settings.

@@ -30,7 +30,7 @@ class Task:
     """Folder for the plain model; its parent may hold what the tool writes."""
 
     def plain_model(self) -> PreTrainedModel:
-        """Returns the full-precision model in float32."""
+        """Return the full-precision model in float32."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
         model.eval()
         return model
@@ -41,13 +41,13 @@ Quantizer = Callable[[Task], dict[str, Tensor]]
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Returns the linears that are to be quantized: all but the head."""
+    """Return the linears that are to be quantized: all but the head."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {name: module for name, module in linears.items() if not name.endswith("lm_head")}
 
 
 def check_codes(weight: Tensor, bits: int, group_size: int | None) -> None:
-    """Counts the values in each group of a dequantized weight.
+    """Count the values in each group of a dequantized weight.
 
     Args:
         weight: ``[out, in]``.
@@ -64,7 +64,7 @@ def check_codes(weight: Tensor, bits: int, group_size: int | None) -> None:
 
 
 def work(quantizer: Quantizer) -> None:
-    """Runs a tool on the task of the command line and saves the plain model.
+    """Run a tool on the task of the command line and save the plain model.
 
     Raises:
         ValueError: The result is not of the bits and groups that were asked for.

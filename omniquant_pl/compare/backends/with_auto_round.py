@@ -13,7 +13,7 @@ ITERATIONS = 200
 
 
 def signround(task: Task) -> dict[str, Tensor]:
-    """Returns the parameters with the weights that auto-round leaves in the model, in float32."""
+    """Return the parameters with the weights that auto-round leaves in the model, in float32."""
     tool = AutoRound(
         task.plain_model(),
         tokenizer=AutoTokenizer.from_pretrained(task.model),

@@ -14,7 +14,7 @@ from omniquant_pl.compare.backends.task import Task, work
 
 
 def gptq(task: Task) -> dict[str, Tensor]:
-    """Returns the parameters, the weights as gptqmodel's own loader dequantizes them."""
+    """Return the parameters, the weights as gptqmodel's own loader dequantizes them."""
     per_channel = task.group_size is None
     config = QuantizeConfig(
         bits=task.bits,

@@ -25,7 +25,7 @@ OPT_PAIRS = (
 
 
 def recipe(task: Task, model_type: str) -> list[Modifier]:
-    """Returns what llm-compressor is to do."""
+    """Return what llm-compressor is to do."""
     strategy = "channel" if task.group_size is None else "group"
     weights = QuantizationArgs(num_bits=task.bits, symmetric=False, strategy=strategy, group_size=task.group_size)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
@@ -40,7 +40,7 @@ def recipe(task: Task, model_type: str) -> list[Modifier]:
 
 
 def compress(task: Task) -> dict[str, Tensor]:
-    """Returns the parameters, the weights as the quantized linears multiply with them."""
+    """Return the parameters, the weights as the quantized linears multiply with them."""
     # It pins host memory for copies to an accelerator, and fails on a machine without one.
     IntermediatesCache.pin_memory = lambda *_: None
     samples = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in task.tokens]
