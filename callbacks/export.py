@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from typing_extensions import override
 
 from omniquant_pl.calibration.hooks import CalibrationCallback, CalibrationTrainer
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.export import Export, FormatName, StorageDtype, check_target, open_format
+from omniquant_pl.export import Export, FormatName, HfExport, StorageDtype, check_target, open_format
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant.narrowing import NarrowDtypeError
 
 __all__ = ["ExportCallback"]
 
@@ -50,6 +53,13 @@ class ExportCallback(CalibrationCallback):
         if export is not None and trainer.is_global_zero:
             try:
                 export.write(model, trainer.run_folder, trainer.run_folder.model)
-            except ConfigurationError as error:
-                again = f"python train.py export --config {trainer.run_folder.config} --dtype float32"
-                raise ConfigurationError(error.key, f"{error.reason}; the calibration is kept: {again}") from error
+            except NarrowDtypeError as error:
+                raise _with_command(error, trainer.run_folder.config, export) from error
+
+
+def _with_command(error: NarrowDtypeError, config: Path, export: Export) -> ConfigurationError:
+    """Add what to do: the calibration has finished, and has to be exported in another dtype."""
+    is_asked = error.key == f"{export.section}dtype"
+    target = export.name if is_asked else HfExport.name
+    command = f"python train.py export --config {config} --format {target} --dtype {error.holding}"
+    return ConfigurationError(error.key, f"{error.reason}; the calibration is kept, export it with {command}")

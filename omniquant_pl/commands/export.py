@@ -55,11 +55,11 @@ def export_run(
         The folder.
 
     Raises:
-        ConfigurationError: If the run is not finished, the format cannot hold it exactly, the folder must not be
-            replaced, or the hub refuses.
+        ConfigurationError: If the run is not finished, the format cannot hold it exactly, a value is beyond the dtype
+            that it would be stored in, the folder must not be replaced, or the hub refuses.
         CalibrationError: If a program computes other logits; the folder stays, and is not uploaded.
     """
-    export = open_format(format, model, dtype, shard_bytes)
+    export = open_format(format, model, dtype, shard_bytes, section="")
     folder = trainer.run_folder.model if format == "hf" else trainer.run_folder.path / format
     folder = folder if output is None else Path(output)
     check_target(folder, trainer.run_folder.path, model.source.folder)

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from omniquant_pl.export.card_metadata import card_metadata
-from omniquant_pl.export.remote_code import drops_code
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.run.folder import MADE_BY, VARIANTS, RunFolder
 
@@ -32,18 +31,13 @@ _CARD = """---
 """
 
 
-_CODE = (
-    "The original names Python code of its own (`auto_map`), which was not trusted and does not come along: "
-    "transformers' own classes load this folder.\n"
-)
-
-
 def model_card(
     model: OmniQuantModel,
     folder: RunFolder,
     storage: str,
     quantizes_activations: bool = False,
     library: str = "transformers",
+    code_note: str = "",
 ) -> str:
     """Return the README.md of an exported folder.
 
@@ -53,6 +47,7 @@ def model_card(
         storage: One sentence on how this format holds the weights.
         quantizes_activations: Whether programs that load the folder quantize activations as the scheme says.
         library: What loads the folder, in the hub's words.
+        code_note: What happened to Python code of the original; empty if it has none, or all of it came along.
     """
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) if folder.config.is_file() else {}
     metrics = folder.read_metrics()
@@ -61,7 +56,7 @@ def model_card(
         base=_name(model.path),
         scheme=model.scheme.name,
         storage=storage,
-        code=_CODE if drops_code(model) else "",
+        code=f"{code_note}\n" if code_note else "",
         activations=_activations(model, quantizes_activations),
         made_by=MADE_BY,
         method=_method(model, config),

@@ -14,6 +14,7 @@ from omniquant_pl.model import OmniQuantModel
 
 __all__ = ["card_metadata"]
 
+_NULL = ("~", "null")
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -45,16 +46,23 @@ def card_metadata(model: OmniQuantModel, metrics: Mapping[str, Any], library: st
 
 
 def _inherited(folder: Path) -> dict[str, Any]:
-    """Return licence and language as the original's card says them; nothing where there is none."""
+    """Return what the original's own card says that holds for what is made of it as well; nothing where there is none.
+
+    The hub reads YAML 1.2, in which ``no`` is Norwegian. PyYAML reads 1.1, in which it is false, so values are taken
+    as they are written: all of these are strings.
+    """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
     card = folder / "README.md"
-    head = card.read_text(encoding="utf-8", errors="replace").split("---\n") if card.is_file() else []
-    if len(head) < 3 or head[0].strip():
+    head = REGEX_YAML_BLOCK.match(card.read_text(encoding="utf-8-sig", errors="replace")) if card.is_file() else None
+    if head is None:
         return {}
     try:
-        found = yaml.load(head[1], Loader=yaml.BaseLoader)
+        found = yaml.load(head[2], Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         return {}
-    return {key: found[key] for key in _INHERITED if key in found} if isinstance(found, dict) else {}
+    known = found if isinstance(found, dict) else {}
+    return {key: known[key] for key in _INHERITED if known.get(key) and known[key] not in _NULL}
 
 
 def _results(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

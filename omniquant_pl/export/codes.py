@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.quant import QuantizedWeight
 
-__all__ = ["check_scale_range", "unsigned_codes"]
+__all__ = ["unsigned_codes"]
 
 
 def unsigned_codes(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
@@ -26,13 +25,3 @@ def unsigned_codes(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
     half = 2 ** (bits - 1)
     zero_point = torch.full_like(weight.scale, half, dtype=torch.uint8)
     return (weight.codes.int() + half).to(torch.uint8), zero_point
-
-
-def check_scale_range(weight: QuantizedWeight, name: str) -> None:
-    """Refuse scales that float16, which is all that some formats have, does not hold.
-
-    Raises:
-        ConfigurationError: It names the weight.
-    """
-    if not torch.equal(weight.scale.to(torch.float16).to(weight.scale.dtype), weight.scale):
-        raise ConfigurationError("model.weights.scale_dtype", f"a scale of {name} does not fit float16")

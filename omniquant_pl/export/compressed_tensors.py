@@ -19,12 +19,13 @@ from typing_extensions import override
 from omniquant_pl.export.clients import transformers_logits
 from omniquant_pl.export.compressed_tensors_config import attention_classes, describe, linear_kinds
 from omniquant_pl.export.compressed_tensors_layouts import IntQuantized, PackQuantized
-from omniquant_pl.export.folded import LinearWeight
+from omniquant_pl.export.folded import LinearWeight, ModelTensors
 from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.export.structure import expert_linears, first_refusal, ragged_refusal, rewritten_linears
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.affine import QuantizedWeight
+from omniquant_pl.quant.narrowing import Narrowing
 from omniquant_pl.run.folder import RunFolder
 
 __all__ = ["CompressedTensorsExport"]
@@ -106,6 +107,14 @@ class CompressedTensorsExport(SafetensorsExport):
     @override
     def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
         return self._layout.pack(weight, linear)
+
+    @override
+    def held_in(self, tensors: ModelTensors, name: str) -> Narrowing | None:
+        """Its programs multiply codes and scales in the scales' dtype."""
+        linear = tensors.linears.get(name.removesuffix(".weight"))
+        if linear is not None and self._layout.scale_dtype_of(linear) == torch.float16:
+            return self.fixed(torch.float16)
+        return super().held_in(tensors, name)
 
     @override
     def quantization_config(self, model: OmniQuantModel) -> Mapping[str, Any]:

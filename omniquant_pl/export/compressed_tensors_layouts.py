@@ -32,13 +32,17 @@ class PackQuantized:
     scale_dtype: torch.dtype | None = None
     name: ClassVar[str] = "pack-quantized"
 
+    def scale_dtype_of(self, linear: LinearWeight) -> torch.dtype:
+        """Return what a weight's scales are stored in."""
+        return self.scale_dtype or _scale_dtype(linear)
+
     def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
         """Return shapes and dtypes of what :meth:`pack` returns."""
         (rows, columns), bits = linear.shape, linear.spec.bits
         groups = _groups(linear)
         stored = {
             "weight_packed": ((rows, ops.words_per_row(columns, bits, "stream")), torch.int32),
-            "weight_scale": ((rows, groups), self.scale_dtype or _scale_dtype(linear)),
+            "weight_scale": ((rows, groups), self.scale_dtype_of(linear)),
             "weight_shape": ((2,), torch.int64),
         }
         if not linear.spec.symmetric:
@@ -51,7 +55,7 @@ class PackQuantized:
         codes, zero_point = unsigned_codes(weight, bits)
         tensors = {
             "weight_packed": ops.pack(codes, bits, "stream"),
-            "weight_scale": weight.scale.to(self.scale_dtype or weight.scale.dtype),
+            "weight_scale": weight.scale.to(self.scale_dtype_of(linear)),
             "weight_shape": torch.tensor(linear.shape),
         }
         if not linear.spec.symmetric:
@@ -65,12 +69,16 @@ class IntQuantized:
 
     name: ClassVar[str] = "int-quantized"
 
+    def scale_dtype_of(self, linear: LinearWeight) -> torch.dtype:
+        """Return what a weight's scales are stored in."""
+        return _scale_dtype(linear)
+
     def stored(self, linear: LinearWeight) -> Mapping[str, Stored]:
         """Return shapes and dtypes of what :meth:`pack` returns."""
         per_group = (linear.shape[0], _groups(linear))
         stored: dict[str, Stored] = {
             "weight": (linear.shape, torch.int8),
-            "weight_scale": (per_group, _scale_dtype(linear)),
+            "weight_scale": (per_group, self.scale_dtype_of(linear)),
         }
         return stored if linear.spec.symmetric else stored | {"weight_zero_point": (per_group, torch.int8)}
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from typing_extensions import override
 
 from omniquant_pl.export.card import model_card
+from omniquant_pl.export.folded import ModelTensors
 from omniquant_pl.export.folder import atomic_directory
 from omniquant_pl.export.format import Export, Limits
 from omniquant_pl.initialization.factor_file import FACTOR_FILE, write_factor_file
@@ -46,6 +49,10 @@ class FactorsExport(Export):
             method = model.rounding.method
             return f"with model.rounding.method {method} its codes are not those that follow from the factors"
         return None
+
+    @override
+    def kept_dtypes(self, tensors: ModelTensors) -> Mapping[str, torch.dtype]:
+        return {}
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omniquant_pl.checkpoint.hub_files import LEGAL_FILES, TEMPLATES, TOKENIZER_FILES
 from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.export.remote_code import copy_code, rewrite
+from omniquant_pl.export.remote_code import RemoteCode
 from omniquant_pl.run.folder import is_export
 
 __all__ = ["atomic_directory", "check_target", "copy_auxiliary_files"]
@@ -22,24 +22,24 @@ _COMPANIONS = (
 )
 
 
-def copy_auxiliary_files(source: Path, target: Path, trusts_code: bool) -> None:
+def copy_auxiliary_files(source: Path, target: Path, code: RemoteCode) -> None:
     """Copy tokenizer, image processor, generation configuration, chat templates and licence of a model folder.
 
     Args:
         source: The original model's folder.
-        target: The exported folder, whose ``config.json`` is there.
-        trusts_code: Whether code that comes with the original may run; it comes along only then.
+        target: The exported folder.
+        code: Python code of the original; what is copied names no other.
     """
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 copy = target / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
-                if copy.suffix == ".json":
-                    rewrite(copy, source, trusts_code)
-    if trusts_code:
-        copy_code(source, target)
+                if path.name.endswith("_config.json"):
+                    code.copy_json(path, copy)
+                else:
+                    shutil.copyfile(path, copy)
+    code.copy_files(target)
 
 
 def check_target(target: Path, run: Path, source: Path, key: str = "output", is_replaced: bool = True) -> None:
@@ -80,7 +80,10 @@ def _is_replaceable(place: Path) -> bool:
 
 
 def _holds_templates(folder: Path) -> bool:
-    return folder.name == TEMPLATES and all(path.suffix == ".jinja" for path in folder.iterdir())
+    """Return whether a folder in an export is that of chat templates, with nothing else in it."""
+    if folder.name != TEMPLATES or folder.is_symlink():
+        return False
+    return all(path.suffix == ".jinja" and path.is_file() for path in folder.iterdir())
 
 
 @contextmanager

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from omniquant_pl.export.folded import ModelTensors
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant.narrowing import Narrowing
 from omniquant_pl.run.folder import RunFolder
 
 __all__ = ["Client", "Export", "Limits", "StorageDtype"]
@@ -66,6 +69,8 @@ class Export(ABC):
     Args:
         dtype: Storage of the tensors that are not quantized; ``None`` for what holds them exactly.
         shard_bytes: Largest size of one file.
+        section: What the settings' names begin with in errors: ``export.`` in a configuration, nothing where they are
+            those of the command.
     """
 
     name: ClassVar[str]
@@ -83,20 +88,45 @@ class Export(ABC):
     clients: ClassVar[tuple[Client, ...]]
     """The programs that load it, and that an export is verified with."""
 
-    def __init__(self, dtype: StorageDtype | None = None, shard_bytes: int = 5_000_000_000) -> None:
+    def __init__(
+        self, dtype: StorageDtype | None = None, shard_bytes: int = 5_000_000_000, section: str = "export."
+    ) -> None:
         self.dtype = dtype
         self.shard_bytes = shard_bytes
+        self.section = section
 
     @abstractmethod
     def refusal(self, model: OmniQuantModel) -> str | None:
         """Return why the format cannot hold a model exactly, ``None`` if it can; nothing but the header is read."""
 
-    def check_values(self, model: OmniQuantModel) -> None:  # noqa: B027 (most formats hold all values)
-        """Refuse values outside the blocks that the format does not hold; no calibration changes them.
+    @abstractmethod
+    def kept_dtypes(self, tensors: ModelTensors) -> Mapping[str, torch.dtype]:
+        """Return what the tensors that are not quantized are stored in, those that the format has, by their names."""
+
+    def check_values(self, model: OmniQuantModel) -> None:
+        """Check that the format holds every value that the calibration does not change, before any work.
 
         Raises:
-            ConfigurationError: It names the tensor.
+            ConfigurationError: It names the tensor, the value and a dtype that holds it.
         """
+        tensors = ModelTensors(model)
+        dtypes = self.kept_dtypes(tensors)
+        for name, tensor in tensors.unfolded():
+            if name in dtypes:
+                self.keeping(dtypes[name]).cast(name, tensor)
+
+    def keeping(self, dtype: torch.dtype) -> Narrowing:
+        """Return the cast of a tensor that is not quantized, to one of :meth:`kept_dtypes`."""
+        return self.asked(dtype)
+
+    def asked(self, dtype: torch.dtype) -> Narrowing:
+        """Return a cast to a dtype that the setting ``dtype`` decides."""
+        return Narrowing(dtype, f"{self.section}dtype")
+
+    def fixed(self, dtype: torch.dtype) -> Narrowing:
+        """Return a cast to a dtype that the format has no other for."""
+        reason = f", and {self.name} has nothing wider"
+        return Narrowing(dtype, f"{self.section}format", reason, "hf holds it in {}")
 
     @abstractmethod
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:

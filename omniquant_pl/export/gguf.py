@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +17,20 @@ from typing_extensions import override
 from omniquant_pl import __version__
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.export.card import model_card
-from omniquant_pl.export.folded import FoldedModel
+from omniquant_pl.export.config import config_of
+from omniquant_pl.export.folded import FoldedModel, ModelTensors
 from omniquant_pl.export.folder import atomic_directory, copy_auxiliary_files
 from omniquant_pl.export.format import Client, Export, Limits
+from omniquant_pl.export.gguf_blocks import BlockType
 from omniquant_pl.export.gguf_clients import llama_cpp_logits
 from omniquant_pl.export.gguf_metadata import Value, hyperparameters, refusal, rotary_tensors
 from omniquant_pl.export.gguf_names import ARCHITECTURES
 from omniquant_pl.export.gguf_plan import FileTensor, GgufPlan, linear_refusal, places
 from omniquant_pl.export.gguf_tokenizer import InexpressibleTokenizerError, Vocabulary, read_vocabulary
-from omniquant_pl.export.narrowing import narrowed
-from omniquant_pl.export.remote_code import config_for
+from omniquant_pl.export.remote_code import RemoteCode
 from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
+from omniquant_pl.quant import QuantizedWeight
 from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.utils.files import write_json, write_text
 
@@ -82,23 +84,29 @@ class GgufExport(Export):
         )
 
     @override
-    def check_values(self, model: OmniQuantModel) -> None:
-        if self.dtype is None:
-            return
-        for name, tensor in model.source.non_block_tensors():
-            if tensor.ndim > 1:  # llama.cpp has vectors in float32
-                narrowed(tensor, getattr(torch, self.dtype), name)
-
-    @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        plan = GgufPlan(model.source, folded, ARCHITECTURES[model_type(model.source)], dtype)
+        plan = self._plan(folded)
         with atomic_directory(output, run.path, model.source.folder) as target:
             self._write_file(model, folded, plan, target)
-            write_json(target / "config.json", config_for(model))
-            copy_auxiliary_files(model.source.folder, target, model.trust_remote_code)
-            write_text(target / "README.md", model_card(model, run, _storage(plan), library=self.library))
+            code = RemoteCode(model.source.folder, model.trust_remote_code)
+            write_json(target / "config.json", code.carried(config_of(model.source.config_json)))
+            copy_auxiliary_files(model.source.folder, target, code)
+            card = model_card(model, run, _storage(plan), library=self.library, code_note=code.note)
+            write_text(target / "README.md", card)
+
+    @override
+    def kept_dtypes(self, tensors: ModelTensors) -> Mapping[str, torch.dtype]:
+        return {
+            part: tensor.kind
+            for tensor in self._plan(tensors).tensors
+            if isinstance(tensor.kind, torch.dtype) and tensor.spec is None
+            for part in tensor.parts
+        }
+
+    def _plan(self, tensors: ModelTensors) -> GgufPlan:
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return GgufPlan(tensors.source, tensors, ARCHITECTURES[model_type(tensors.source)], dtype)
 
     def _write_file(self, model: OmniQuantModel, folded: FoldedModel, plan: GgufPlan, target: Path) -> None:
         from gguf import GGUFWriter
@@ -114,10 +122,28 @@ class GgufExport(Export):
             _add_vocabulary(writer, read_vocabulary(source.tokenizer, source.config.vocab_size))
             rotary = rotary_tensors(source.config, source.attention)
             _add_infos(writer, rotary, tensors)
-            for tensor in chain(rotary.values(), _contents(folded, plan)):
+            for tensor in chain(rotary.values(), self._contents(folded, plan)):
                 writer.write_tensor_data(tensor.numpy())
         finally:
             writer.close()
+
+    def _contents(self, folded: FoldedModel, plan: GgufPlan) -> Iterator[Tensor]:
+        """Yield the bytes of the tensors in order, with one block in memory at a time."""
+        for name, tensor in folded.non_block_tensors():
+            if name in plan.non_block_tensors:
+                yield self._pack(plan.non_block_tensors[name], [tensor])
+        for index, tensors in enumerate(plan.blocks):
+            block = folded.block(index)
+            parts: dict[str, Any] = {**block.tensors, **{f"{name}.weight": w for name, w in block.weights.items()}}
+            for found in tensors:
+                yield self._pack(found, [parts[name] for name in found.parts])
+            del block, parts
+
+    def _pack(self, tensor: FileTensor, parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
+        """Return a tensor's bytes, whose floats and scales are in range."""
+        if isinstance(tensor.kind, BlockType):
+            return tensor.pack(parts, self.fixed(torch.float16))
+        return tensor.pack(parts, self.asked(tensor.kind))
 
 
 def _check_tensors(source: SourceModel, kind: str) -> str | None:
@@ -204,19 +230,6 @@ def _add_infos(writer: GGUFWriter, rotary: Mapping[str, Tensor], tensors: Iterab
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-
-
-def _contents(folded: FoldedModel, plan: GgufPlan) -> Iterable[Tensor]:
-    """Yield the bytes of the tensors in order, with one block in memory at a time."""
-    for name, tensor in folded.non_block_tensors():
-        if name in plan.non_block_tensors:
-            yield plan.non_block_tensors[name].pack([tensor])
-    for index, tensors in enumerate(plan.blocks):
-        block = folded.block(index)
-        parts: dict[str, Any] = {**block.tensors, **{f"{name}.weight": w for name, w in block.weights.items()}}
-        for found in tensors:
-            yield found.pack([parts[name] for name in found.parts])
-        del block, parts
 
 
 def _storage(plan: GgufPlan) -> str:

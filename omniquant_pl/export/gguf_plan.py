@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from omniquant_pl.checkpoint import SourceModel
-from omniquant_pl.export.codes import check_scale_range
-from omniquant_pl.export.folded import FoldedModel, LinearWeight
+from omniquant_pl.export.folded import LinearWeight, ModelTensors
 from omniquant_pl.export.gguf_blocks import BLOCK_TYPES, BlockType, exact_type
 from omniquant_pl.export.gguf_names import Architecture, Place
-from omniquant_pl.export.narrowing import narrowed
 from omniquant_pl.export.structure import is_tied
 from omniquant_pl.quant import QuantizedWeight
+from omniquant_pl.quant.narrowing import Narrowing
 from omniquant_pl.spec import WeightSpec
 
 __all__ = ["FileTensor", "GgufPlan", "linear_refusal", "places"]
@@ -66,19 +65,27 @@ class FileTensor:
         per_byte = 1 / self.kind.itemsize if isinstance(self.kind, torch.dtype) else self.kind.weights / self.kind.bytes
         return 0 if self.spec is None else round(self.bytes * per_byte)
 
-    def pack(self, parts: Sequence[Tensor | QuantizedWeight]) -> Tensor:
-        """Return its bytes, uint8 :attr:`file_shape`."""
-        return torch.stack([self._pack(part) for part in parts]).view(self.file_shape)
+    def pack(self, parts: Sequence[Tensor | QuantizedWeight], narrowing: Narrowing) -> Tensor:
+        """Return its bytes, uint8 :attr:`file_shape`.
 
-    def _pack(self, part: Tensor | QuantizedWeight) -> Tensor:
+        Args:
+            parts: What it is made of.
+            narrowing: The cast of scales, which must not round them, or of floats.
+
+        Raises:
+            ConfigurationError: If a value does not fit; it names the part.
+        """
+        named = zip(self.parts, parts, strict=True)
+        return torch.stack([self._pack(name, part, narrowing) for name, part in named]).view(self.file_shape)
+
+    def _pack(self, name: str, part: Tensor | QuantizedWeight, narrowing: Narrowing) -> Tensor:
         if isinstance(part, QuantizedWeight) and isinstance(self.kind, BlockType):
             assert self.spec is not None
-            check_scale_range(part, self.name)
+            narrowing.cast(f"a scale of {name}", part.scale, is_exact=True)
             return self.kind.pack(self._ordered(part), self.spec)
-        assert isinstance(self.kind, torch.dtype)
         values = part.dequantize() if isinstance(part, QuantizedWeight) else part.float()
         values = values if self.rows is None else values[self.rows]
-        return narrowed(values + self.offset, self.kind, self.name).contiguous().view(torch.uint8).view(self.shape)
+        return narrowing.cast(name, values + self.offset).contiguous().view(torch.uint8).view(self.shape)
 
     def _ordered(self, weight: QuantizedWeight) -> QuantizedWeight:
         if self.rows is None:
@@ -141,7 +148,7 @@ class GgufPlan:
     """
 
     def __init__(
-        self, source: SourceModel, folded: FoldedModel, architecture: Architecture, dtype: torch.dtype | None
+        self, source: SourceModel, folded: ModelTensors, architecture: Architecture, dtype: torch.dtype | None
     ) -> None:
         self._source = source
         self._folded = folded

@@ -20,7 +20,7 @@ from typing_extensions import override
 from omniquant_pl import __version__, ops
 from omniquant_pl.checkpoint import Checkpoint
 from omniquant_pl.export.codes import unsigned_codes
-from omniquant_pl.export.folded import LinearWeight
+from omniquant_pl.export.folded import LinearWeight, ModelTensors
 from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.export.structure import (
@@ -32,6 +32,7 @@ from omniquant_pl.export.structure import (
 )
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant.affine import QuantizedWeight, group_size_of
+from omniquant_pl.quant.narrowing import Narrowing
 from omniquant_pl.spec import Scheme, WeightSpec
 
 __all__ = ["GptqExport"]
@@ -131,6 +132,13 @@ class GptqExport(SafetensorsExport):
             "backend": "torch",
             "meta": {"quantizer": [f"omniquant-pl:{__version__}"]},
         }
+
+    @override
+    def held_in(self, tensors: ModelTensors, name: str) -> Narrowing | None:
+        """Its programs multiply codes and scales, and add biases, in float16 whatever they are told."""
+        if name.rpartition(".")[0] in tensors.linears:
+            return self.fixed(torch.float16)
+        return super().held_in(tensors, name)
 
     @override
     def storage(self, model: OmniQuantModel) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from omniquant_pl.export.clients import transformers_logits
-from omniquant_pl.export.folded import FoldedModel, LinearWeight
+from omniquant_pl.export.folded import LinearWeight, ModelTensors
 from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.model import OmniQuantModel
@@ -49,11 +49,11 @@ class HfExport(SafetensorsExport):
 
     @override
     def pack(self, weight: QuantizedWeight, linear: LinearWeight) -> Mapping[str, Tensor]:
-        return {"weight": weight.dequantize()}
+        return {"weight": weight.dequantize().to(self._storage)}
 
     @override
-    def dtype_of(self, folded: FoldedModel, name: str) -> torch.dtype:
-        return self._storage
+    def dtype_of(self, tensors: ModelTensors, name: str) -> torch.dtype:
+        return tensors.integer_dtype(name) or self._storage
 
     @override
     def config_dtype(self, config: Mapping[str, Any]) -> str:

@@ -14,17 +14,17 @@ from typing_extensions import override
 from omniquant_pl.checkpoint import SourceModel
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.export.card import model_card
-from omniquant_pl.export.codes import check_scale_range
-from omniquant_pl.export.folded import FoldedModel, FoldedTensors
+from omniquant_pl.export.folded import FoldedModel, FoldedTensors, ModelTensors
 from omniquant_pl.export.folder import atomic_directory, copy_auxiliary_files
 from omniquant_pl.export.format import Client, Export, Limits
 from omniquant_pl.export.mlc_cache import write_tensor_cache
 from omniquant_pl.export.mlc_codes import pack_codes, weight_refusal
 from omniquant_pl.export.mlc_models import FAMILIES, MlcFamily, model_config, model_refusal
-from omniquant_pl.export.narrowing import narrowed
+from omniquant_pl.export.remote_code import RemoteCode
 from omniquant_pl.export.structure import first_refusal, is_tied, model_type
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
+from omniquant_pl.quant.narrowing import Narrowing
 from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.utils.files import write_json, write_text
 
@@ -81,9 +81,12 @@ class MlcExport(Export):
         return reason or first_refusal(model, weight_refusal) or source.found_tokenizer.complaint
 
     @override
-    def check_values(self, model: OmniQuantModel) -> None:
-        for name, tensor in model.source.non_block_tensors():
-            _half(name, tensor)
+    def kept_dtypes(self, tensors: ModelTensors) -> Mapping[str, torch.dtype]:
+        return dict.fromkeys(tensors.kept_names(), torch.float16)
+
+    @override
+    def keeping(self, dtype: torch.dtype) -> Narrowing:
+        return self.fixed(dtype)
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
@@ -91,29 +94,32 @@ class MlcExport(Export):
         names = [*folded.non_block_names, *(name for i in range(len(folded)) for name in folded.block_names(i))]
         weights = sum(torch.Size(folded.shape(name)).numel() for name in names)
         with atomic_directory(output, run.path, source.folder) as target:
-            tensors = _tensors(source, folded, FAMILIES[model_type(source)])
+            tensors = _tensors(folded, FAMILIES[model_type(source)], self.fixed(torch.float16))
             write_tensor_cache(target, tensors, weights, min(self.shard_bytes, _LARGEST_SHARD))
-            copy_auxiliary_files(source.folder, target, model.trust_remote_code)
+            code = RemoteCode(source.folder, model.trust_remote_code)
+            copy_auxiliary_files(source.folder, target, code)
             write_json(target / "mlc-chat-config.json", _chat_config(source, target))
-            write_text(target / "README.md", model_card(model, run, _STORAGE, library=self.library))
+            card = model_card(model, run, _STORAGE, library=self.library, code_note=code.note)
+            write_text(target / "README.md", card)
 
 
-def _tensors(source: SourceModel, folded: FoldedModel, family: MlcFamily) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folded: FoldedModel, family: MlcFamily, half: Narrowing) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors by MLC-LLM's names, with one block in memory at a time."""
+    source = folded.source
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     for name, tensor in folded.non_block_tensors():
         own = names.get(name.removeprefix("model."), name)
         if not (name.endswith(".inv_freq") or (own == "lm_head.weight" and is_tied(source))):
-            yield own, _half(own, tensor)
+            yield own, half.cast(name, tensor)
     for index in range(len(folded)):
         prefix, block = source.block_prefix(index), folded.block(index)
-        for name, tensor in _block(source.stored_names(index), block, folded, family):
+        for name, tensor in _block(source.stored_names(index), block, folded, family, half):
             yield prefix + name, tensor
         del block, tensor
 
 
 def _block(
-    stored: Mapping[str, str], block: FoldedTensors, folded: FoldedModel, family: MlcFamily
+    stored: Mapping[str, str], block: FoldedTensors, folded: FoldedModel, family: MlcFamily, half: Narrowing
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a block's tensors by their names in it, fused ones where the first of them stands."""
     fused = {part: (own, parts) for own, parts in family.fused.items() for part in parts}
@@ -125,20 +131,17 @@ def _block(
         names = [stored[f"{part}.{leaf}"] for part in parts]
         linears = [linear.removesuffix(".weight") for linear in names]
         if linears[0] in block.weights:
-            packed = [_pack(block.weights[linear], linear, folded) for linear in linears]
+            packed = [_pack(block.weights[linear], linear, folded, half) for linear in linears]
             yield f"{own}.q_weight", torch.cat([words for words, _ in packed])
             yield f"{own}.q_scale", torch.cat([scale for _, scale in packed])
         else:
-            yield f"{own}.{leaf}", _half(name, torch.cat([block.tensors[part] for part in names]))
+            yield f"{own}.{leaf}", torch.cat([half.cast(part, block.tensors[part]) for part in names])
 
 
-def _pack(weight: QuantizedWeight, linear: str, folded: FoldedModel) -> tuple[Tensor, Tensor]:
-    check_scale_range(weight, linear)
+def _pack(weight: QuantizedWeight, linear: str, folded: FoldedModel, half: Narrowing) -> tuple[Tensor, Tensor]:
+    half.cast(f"a scale of {linear}.weight", weight.scale, is_exact=True)
+    half.check_weight(f"{linear}.weight", weight.scale, weight.dequantize)  # MLC-LLM dequantizes to float16
     return pack_codes(weight, folded.linears[linear].spec)
-
-
-def _half(name: str, tensor: Tensor) -> Tensor:
-    return narrowed(tensor, torch.float16, name, only=MlcExport.name)
 
 
 def _chat_config(source: SourceModel, folder: Path) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from omniquant_pl.errors import ConfigurationError
-from omniquant_pl.export.folded import FoldedModel, LinearWeight
+from omniquant_pl.export.folded import FoldedModel, LinearWeight, ModelTensors
 from omniquant_pl.export.format import Client, Limits
 from omniquant_pl.export.safetensors import SafetensorsExport, Stored
 from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.quant import QuantizedWeight
-from omniquant_pl.quant.storage import overflowing_value
+from omniquant_pl.quant.narrowing import Narrowing
 from omniquant_pl.run.folder import RunFolder
 from omniquant_pl.runtime import load_packed
 from omniquant_pl.runtime.codec import encode, stored_tensors
@@ -77,6 +76,11 @@ class PackedExport(SafetensorsExport):
         return describe_scheme(model.scheme)
 
     @override
+    def held_in(self, tensors: ModelTensors, name: str) -> Narrowing | None:
+        """Nothing: ``load_packed`` is told a dtype, and checks it."""
+        return None
+
+    @override
     def storage(self, model: OmniQuantModel) -> str:
         return "Weights are stored as packed codes; `omniquant_pl.runtime.load_packed` loads and runs them."
 
@@ -97,17 +101,10 @@ class PackedExport(SafetensorsExport):
         target = usable_device(device)
         folded = FoldedModel(model, run)
         config = {key: value for key, value in self._config(model).items() if key != "quantization_config"}
-        planned = self._planned(folded)
-        skeleton = PackedSkeleton(config, model.scheme, planned.keys(), dtype, target)
+        skeleton = PackedSkeleton(config, model.scheme, self._planned(folded).keys(), dtype, target)
         for name, tensor in self._tensors(folded):
             if name in skeleton.slots:
-                slot = skeleton.slots[name]
-                value = overflowing_value(tensor, dtype) if slot.dtype is None else None
-                if value is not None:
-                    raise ConfigurationError(
-                        "dtype", f"{name} holds {value:g}, too much for it; choose bfloat16 or float32"
-                    )
-                slot.put(tensor.to(planned[name][1]))
+                skeleton.slots[name].put(tensor)
         network = skeleton.finish()
         use_generation_config(network, model.source.folder)
         return network

@@ -42,7 +42,11 @@ def formats_help() -> str:
 
 
 def open_format(
-    name: str, model: OmniQuantModel, dtype: StorageDtype | None = None, shard_bytes: int = 5_000_000_000
+    name: str,
+    model: OmniQuantModel,
+    dtype: StorageDtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+    section: str = "export.",
 ) -> Export:
     """Return a format that can hold a model.
 
@@ -51,17 +55,18 @@ def open_format(
         model: What it has to hold; its source is opened.
         dtype: Storage of the tensors that are not quantized; ``None`` for what holds them exactly.
         shard_bytes: Largest size of one file.
+        section: What the settings' names begin with in errors; see :class:`Export`.
 
     Raises:
         ConfigurationError: If it cannot hold the model exactly; it names the formats that can. Or a value is out of
             range.
     """
     if shard_bytes < 1:
-        raise ConfigurationError("export.shard_bytes", f"{shard_bytes} is not a positive number of bytes")
-    export = FORMATS[name](dtype, shard_bytes)
+        raise ConfigurationError(f"{section}shard_bytes", f"{shard_bytes} is not a positive number of bytes")
+    export = FORMATS[name](dtype, shard_bytes, section)
     reason = export.refusal(model)
     if reason is None:
         return export
     able = [other for other, kind in FORMATS.items() if kind(dtype, shard_bytes).refusal(model) is None]
     message = f"{name} cannot hold this model exactly: {reason}; formats that can: {', '.join(able)}"
-    raise ConfigurationError("export.format", message)
+    raise ConfigurationError(f"{section}format", message)

@@ -1,94 +1,110 @@
-"""Python code that comes with a checkpoint: exported where it was trusted, otherwise not named any more."""
+"""Python code that comes with a checkpoint: what of it an exported folder carries, and what its JSON says of it.
+
+transformers finds such code by ``auto_map``: classes by their automatic class, ``module.Class`` for a file of the
+folder, ``owner/name--module.Class`` for one of a repository on the hub. Read in transformers 5.22
+(``dynamic_module_utils.py``).
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
-
-from omniquant_pl.model import OmniQuantModel
 from omniquant_pl.utils.files import write_json
 
-__all__ = ["config_for", "copy_code", "drops_code", "rewrite", "without_missing_code"]
+__all__ = ["RemoteCode"]
 
 _KEY = "auto_map"
 
 
-def config_for(model: OmniQuantModel) -> dict[str, Any]:
-    """Return the source's ``config.json`` for an exported folder, with ``auto_map`` only if its code comes along."""
-    source = model.source
-    return without_missing_code(source.config_json, source.folder, model.trust_remote_code)
-
-
-def drops_code(model: OmniQuantModel) -> bool:
-    """Return whether an export leaves out what the source's ``auto_map`` names."""
-    return _KEY in model.source.config_json and config_for(model).get(_KEY) != model.source.config_json[_KEY]
-
-
-def without_missing_code(config: Mapping[str, Any], folder: Path, trusts_code: bool) -> dict[str, Any]:
-    """Return a configuration whose ``auto_map`` names only code that is trusted and there.
+class RemoteCode:
+    """The code of one checkpoint, copied where it was trusted and is all there, and no longer named where not.
 
     Args:
-        config: Content of a JSON file of the folder.
-        folder: The original model's folder.
-        trusts_code: Whether code that comes with it may run.
+        source: The checkpoint's folder.
+        is_trusted: Whether its code may run.
     """
-    rest = {key: value for key, value in config.items() if key != _KEY}
-    names = config.get(_KEY)
-    if not trusts_code or not isinstance(names, Mapping):
-        return rest
-    kept = {kind: name for kind, name in names.items() if all(_is_there(each, folder) for each in _references(name))}
-    return rest | {_KEY: kept} if kept else rest
 
+    def __init__(self, source: Path, is_trusted: bool) -> None:
+        self._source = source
+        self._is_trusted = is_trusted
+        self._files: set[str] = set()
+        self._left: set[str] = set()
 
-def copy_code(source: Path, target: Path) -> None:
-    """Copy the modules that the JSON files of an exported folder name, and those that they import from beside them."""
-    for path in sorted(target.glob("*.json")):
-        names = _read(path).get(_KEY)
-        for name in names.values() if isinstance(names, Mapping) else ():
-            for reference in _references(name):
-                if "--" not in reference:
-                    _copy_module(source / _file_of(reference), source, target)
+    def carried(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a JSON file says, without the code that the folder will not have.
 
+        Args:
+            content: A configuration of a model, tokenizer or processor; sections in it may name code as well.
+        """
+        result: dict[str, Any] = {}
+        for key, value in content.items():
+            if key == _KEY:
+                kept = self._kept(value)
+                result |= {key: kept} if kept else {}
+            else:
+                result[key] = self.carried(value) if isinstance(value, Mapping) else value
+        return result
 
-def rewrite(path: Path, folder: Path, trusts_code: bool) -> None:
-    """Leave out of a copied JSON file the code that does not come along."""
-    content = _read(path)
-    if _KEY in content:
-        write_json(path, without_missing_code(content, folder, trusts_code))
+    def copy_json(self, path: Path, target: Path) -> None:
+        """Copy a JSON configuration to a path, byte by byte if all code that it names comes along."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None  # whoever reads it says so
+        carried = self.carried(content) if isinstance(content, dict) else content
+        if carried != content:
+            write_json(target, carried)
+        else:
+            shutil.copyfile(path, target)
 
+    def copy_files(self, target: Path) -> None:
+        """Copy the code that what has been carried names, and what that imports."""
+        for name in sorted(self._files):
+            shutil.copyfile(self._source / name, target / name)
 
-def _copy_module(path: Path, source: Path, target: Path) -> None:
-    for file in (path, *map(Path, get_relative_import_files(path))):
-        if file.is_file():
-            place = target / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+    @property
+    def note(self) -> str:
+        """A sentence for the model card on code that was left out; empty if none was."""
+        if not self._left:
+            return ""
+        reason = "not all of it was there" if self._is_trusted else "it was not trusted (`model.trust_remote_code`)"
+        names = ", ".join(f"`{name}`" for name in sorted(self._left))
+        return f"The original's own Python code for {names} is left out, and its `auto_map` with it: {reason}."
 
+    def _kept(self, references: Any) -> Any:
+        """Return what stays of an ``auto_map``; older tokenizers have a pair of references there and no class."""
+        if not isinstance(references, Mapping):
+            return self._kept({"AutoTokenizer": references}).get("AutoTokenizer")
+        kept = {}
+        for name, reference in references.items():
+            found = reference if isinstance(reference, list | tuple) else [reference]
+            if all(one is None or self._takes(one) for one in found):
+                kept[name] = reference
+            else:
+                self._left.add(name)
+        return kept
 
-def _references(name: Any) -> Iterator[str]:
-    """Yield the classes under a key of ``auto_map``: one, or for tokenizers a slow and a fast one, or one of them."""
-    for each in name if isinstance(name, list | tuple) else (name,):
-        if isinstance(each, str):
-            yield each
+    def _takes(self, reference: Any) -> bool:
+        if not self._is_trusted or not isinstance(reference, str):
+            return False
+        if "--" in reference:  # transformers fetches it, as for the original
+            return True
+        files = self._modules(reference.rpartition(".")[0])
+        self._files |= files
+        return bool(files)
 
+    def _modules(self, module: str) -> set[str]:
+        """Return the names of a module's file and of those it imports; none if one is missing or outside the folder."""
+        from transformers.dynamic_module_utils import get_relative_import_files
 
-def _is_there(reference: str, folder: Path) -> bool:
-    """Return whether a class is code of another repository of the hub, or of a file of the folder."""
-    return "--" in reference or (folder / _file_of(reference)).is_file()
-
-
-def _file_of(reference: str) -> str:
-    return f"{reference.rpartition('.')[0].replace('.', '/')}.py"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        first = self._source / f"{module}.py"
+        try:
+            files = [first, *(Path(path) for path in get_relative_import_files(first))]
+        except (OSError, UnicodeDecodeError):
+            return set()
+        is_whole = all(path.parent == self._source and path.is_file() for path in files)
+        return {path.name for path in files} if is_whole else set()

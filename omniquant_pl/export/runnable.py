@@ -43,9 +43,9 @@ def open_runnable(
     if not _is_current(own, run):
         tokenizer = model.source.found_tokenizer.needed("model.path", _WHAT_FOR)
         return PackedExport().in_memory(model, run, dtype, device), tokenizer
-    found = open_tokenizer(own, trust_remote_code=False)
+    found = open_tokenizer(own, model.trust_remote_code)  # code in it is the original's
     if found.tokenizer is None:
-        found = model.source.found_tokenizer  # may be trusted code
+        found = model.source.found_tokenizer
     tokenizer = found.needed("model.path", _WHAT_FOR)
     return load_packed(own, dtype, device), tokenizer
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
 from omniquant_pl.quant.affine import group_size_of
 from omniquant_pl.spec import WeightSpec
 
-__all__ = ["bits_per_weight", "overflowing_value", "stored_bits"]
+__all__ = ["bits_per_weight", "stored_bits"]
 
 _SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 
@@ -28,19 +25,3 @@ def bits_per_weight(weights: Iterable[tuple[WeightSpec, tuple[int, ...]]]) -> fl
     weights = list(weights)
     count = sum(out_features * in_features for _, (out_features, in_features) in weights)
     return sum(stored_bits(spec, shape) for spec, shape in weights) / count
-
-
-def overflowing_value(tensor: Tensor, dtype: torch.dtype) -> float | None:
-    """Return the value of largest magnitude if a floating-point dtype rounds it to infinity, ``None`` if it holds all.
-
-    Args:
-        tensor: Finite values, of any shape.
-        dtype: What they are to be stored in.
-    """
-    if not (tensor.numel() and tensor.is_floating_point() and dtype.is_floating_point):
-        return None
-    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
-        return None
-    lowest, highest = tensor.aminmax()
-    largest = lowest if -lowest > highest else highest
-    return float(largest) if bool(largest.to(dtype).isinf()) else None

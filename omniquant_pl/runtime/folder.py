@@ -12,6 +12,7 @@ from torch import Tensor
 
 from omniquant_pl.checkpoint import Checkpoint
 from omniquant_pl.errors import ConfigurationError
+from omniquant_pl.quant.narrowing import NarrowDtypeError
 from omniquant_pl.runtime.scheme import read_scheme
 from omniquant_pl.runtime.skeleton import Slot
 from omniquant_pl.spec import Scheme
@@ -100,6 +101,8 @@ class PackedFolder:
     def _put(self, name: str, tensor: Tensor, slot: Slot) -> None:
         try:
             slot.put(tensor)
+        except NarrowDtypeError:
+            raise
         except ValueError as error:
             raise ConfigurationError(_KEY, f"{self._checkpoint.path_of(name)}: {name} {error}") from error
 

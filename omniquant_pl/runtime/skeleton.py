@@ -15,7 +15,7 @@ from omniquant_pl.checkpoint.skeleton import build_without_weights, unfuse_exper
 from omniquant_pl.checkpoint.tying import absent_tensors, tie
 from omniquant_pl.families import BlockLayout, family_of
 from omniquant_pl.nn import quantize_attention
-from omniquant_pl.quant.storage import overflowing_value
+from omniquant_pl.quant.narrowing import Narrowing
 from omniquant_pl.runtime.codec import PACKED, SCALE, ZERO_POINT, planes_of, stored_tensors, zero_points_of
 from omniquant_pl.runtime.linear import PackedLinear
 from omniquant_pl.spec import Scheme, WeightSpec
@@ -64,7 +64,8 @@ class PackedSkeleton:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._scheme, self._names, self._dtype, self._device = scheme, names, dtype, device
+        self._scheme, self._names, self._device = scheme, names, device
+        self._narrowing = Narrowing(dtype, "dtype")
         whole = _transformers_config(config)
         self._family = family_of(whole)
         self._model = build_without_weights(whole, self._family, trust_remote_code=False)
@@ -100,8 +101,9 @@ class PackedSkeleton:
             for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 name = f"{path}.{leaf}"
                 if name in stored and not (isinstance(module, PackedLinear) and leaf != "bias"):
-                    put = partial(self._put_float, module, leaf)
-                    yield self._stored_name(name), Slot(tuple(tensor.shape), None, put)
+                    stored_name = self._stored_name(name)
+                    put = partial(self._put_float, module, leaf, stored_name)
+                    yield stored_name, Slot(tuple(tensor.shape), None, put)
 
     def _packed_slots(self, path: str, linear: PackedLinear) -> Iterator[tuple[str, Slot]]:
         spec, shape = self._scheme.weights.of_linear(path), (linear.out_features, linear.in_features)
@@ -136,13 +138,8 @@ class PackedSkeleton:
         if strange is not None:
             raise ValueError(f"{strange} belongs to no quantized linear of this model")
 
-    def _put_float(self, module: nn.Module, leaf: str, tensor: Tensor) -> None:
-        value = overflowing_value(_finite(tensor), self._dtype)
-        if value is not None:
-            raise ValueError(
-                f"holds {value:g}, which {str(self._dtype).removeprefix('torch.')} does not; choose another dtype"
-            )
-        self._set(module, leaf, tensor.to(self._dtype))
+    def _put_float(self, module: nn.Module, leaf: str, name: str, tensor: Tensor) -> None:
+        self._set(module, leaf, self._narrowing.cast(name, _finite(tensor)))
 
     def _set(self, module: nn.Module, leaf: str, tensor: Tensor) -> None:
         tensor = tensor.to(self._device)
@@ -150,7 +147,14 @@ class PackedSkeleton:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
     def finish(self) -> PreTrainedModel:
-        """Return the model, when every slot has got its tensor."""
+        """Return the model, when every slot has got its tensor.
+
+        Raises:
+            ConfigurationError: If a dequantized weight is beyond the dtype that products may compute in.
+        """
+        for path, module in self._model.named_modules():
+            if isinstance(module, PackedLinear):
+                self._narrowing.check_weight(f"{path}.weight", module.scale, module.dequantize)
         tie(self._model, self._absent)
         nn.Module.to(self._model, self._device)
         self._model.eval()

@@ -84,7 +84,7 @@ class TestRefusedBeforeWork:
     @pytest.mark.parametrize("format_name", ["gptq", "mlc"])
     def test_a_scheme_that_a_format_cannot_hold(self, format_name: str, message: Callable[..., str]) -> None:
         refusal = message(format_name)
-        assert refusal.startswith(f"export.format: {format_name} cannot hold this model exactly: ")
+        assert refusal.startswith(f"format: {format_name} cannot hold this model exactly: ")
         assert "formats that can: hf, compressed-tensors" in refusal
 
     def test_a_run_that_has_not_finished(self, trainer: SequentialTrainer, message: Callable[..., str]) -> None:

@@ -79,9 +79,39 @@ def test_licence_of_the_original(llama: Path, tmp_path: Path, head: str, license
     assert card.data.model_name is None or "other" not in card.data.model_name
 
 
-def test_words_that_yaml_takes_for_something_else(llama: Path, tmp_path: Path) -> None:
-    """Norwegian is no truth value, and a licence's name no number."""
+@pytest.mark.parametrize(
+    "word", ["no", "on", "yes", "off", "y", "1.0", "0x10", "1_000", "2024-01-01", "12:30:00", "=", "<<"]
+)
+def test_words_that_yaml_takes_for_something_else(llama: Path, tmp_path: Path, word: str) -> None:
+    """Norwegian is no truth value, and a licence's name no number: YAML 1.1, which PyYAML reads, has more of them."""
     shutil.copytree(llama, tmp_path / "base")
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: 1.0\nlanguage:\n- no\n- en\n---\n")
+    head = f"---\nlicense: other\nlicense_name: {word}\nlanguage:\n- {word}\n- en\n---\n"
+    (tmp_path / "base" / "README.md").write_text(head)
+    card = card_of(tmp_path / "base", tmp_path, {"perplexity": {word: {"quantized": 5.5}}}, name=f"owner/{word}")
+    assert (card.data.language, card.data.license_name, card.data.license) == ([word, "en"], word, "other")
+    assert [(result.dataset_name, result.metric_value) for result in card.data.eval_results] == [(word, 5.5)]
+    assert card.data.base_model == f"owner/{word}"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "\ufeff---\nlicense: mit\n---\n",
+        "---\r\nlicense: mit\r\n---\r\n# Base",
+        "---\nlicense: mit\n---",
+        "\n---\nlicense: mit\n---  \n",
+    ],
+    ids=["byte-order mark", "line ends of Windows", "nothing else", "spaces"],
+)
+def test_metadata_as_the_hub_finds_it(llama: Path, tmp_path: Path, head: str) -> None:
+    shutil.copytree(llama, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_bytes(head.encode())
+    assert card_of(tmp_path / "base", tmp_path).data.license == "mit"
+
+
+@pytest.mark.parametrize("nothing", ["", "null", "~", "[]"])
+def test_keys_without_a_value_are_left_out(llama: Path, tmp_path: Path, nothing: str) -> None:
+    shutil.copytree(llama, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text(f"---\nlicense: {nothing}\nlanguage: {nothing}\n---\n")
     card = card_of(tmp_path / "base", tmp_path)
-    assert (card.data.language, card.data.license_name) == (["no", "en"], "1.0")
+    assert (card.data.license, card.data.language) == (None, None)
