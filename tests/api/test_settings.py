@@ -37,7 +37,7 @@ def parsed(settings: Mapping[str, Any], scheme: str = "w4a16g128") -> Any:
         ("data.samples", "7", 7),
         ("model.clipping.lr", np.float64(1e-5), 1e-5),
         ("model.clipping.lr", 1e-5, 1e-5),
-        ("model.aug_loss", np.bool_(True), True),
+        ("model.objective.aug_loss", np.bool_(True), True),
         ("export.dtype", torch.bfloat16, "bfloat16"),
         ("model.weights.bits_of", {"q_proj": np.int32(2)}, {"q_proj": 2}),
         ("model.weights.bits_of.q_proj", 2, 2),

@@ -21,7 +21,7 @@ from omniquant_pl.cli.program import main, run
 from omniquant_pl.errors import ConfigurationError
 from omniquant_pl.trainer.devices import check_devices
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 FILES = {
     "misspelt.yaml": "# of a colleague\nmodel:\n  weigths:\n    bits: 4\n",
@@ -252,7 +252,7 @@ MISTAKES = [
         "generate ~ --prompt Once --packed no",
         r"packed: there is no packed model in no; this command writes one: export",
     ),
-    ("export ~ --format awq", r"format: awq is not accepted; expected hf, packed, gptq"),
+    ("export ~ --format awq", r"format: awq is not accepted; expected hf, compressed-tensors"),
     ("fit ~ --export.format gptq", r"export\.format: gptq cannot hold this model exactly: .*; formats that can: hf"),
     ("export ~ --shard_bytes 5GB", r"shard_bytes: 5GB is not accepted; expected a whole number"),
     ("test ~ --zero_shot piqa", r"zero_shot: piqa is not a list; write --zero_shot '\[piqa\]'"),

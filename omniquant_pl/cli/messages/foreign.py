@@ -78,7 +78,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "w_bit": ("model.weights.bits",),
     "w_bits": ("model.weights.bits",),
     "wbits": ("model.weights.bits",),
-    "wd": ("model.weight_decay",),
+    "wd": ("model.learning.weight_decay",),
 }
 """What a flag is called here; several, where it may mean each of them."""
 
