@@ -20,13 +20,13 @@ def config_of(source: Mapping[str, Any], dtype: str | None = None) -> dict[str, 
         source: The original's ``config.json``.
         dtype: What the model is to be loaded in; ``None`` for what the original says.
     """
-    dtype = dtype or source.get("dtype") or source.get("torch_dtype")
-    return _kept(source) | ({} if dtype is None else {"dtype": dtype})
+    stated = {**source, "dtype": dtype or source.get("dtype") or source.get("torch_dtype")}
+    if stated["dtype"] is None:
+        del stated["dtype"]
+    return {key: _kept(value) for key, value in stated.items() if key == "dtype" or key not in _OF_THE_ORIGINAL}
 
 
-def _kept(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _kept(value) if isinstance(value, Mapping) else value
-        for key, value in section.items()
-        if key not in _OF_THE_ORIGINAL
-    }
+def _kept(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _kept(inner) for key, inner in value.items() if key not in _OF_THE_ORIGINAL}
