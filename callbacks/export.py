@@ -58,8 +58,11 @@ class ExportCallback(CalibrationCallback):
 
 
 def _with_command(error: NarrowDtypeError, config: Path, export: Export) -> ConfigurationError:
-    """Add what to do: the calibration has finished, and has to be exported in another dtype."""
+    """Add what to do: the calibration has finished, and has to be exported in another dtype.
+
+    Another format is the exact one, in float32: bfloat16 would round what it dequantizes.
+    """
     is_asked = error.key == f"{export.section}dtype"
-    target = export.name if is_asked else HfExport.name
-    command = f"python train.py export --config {config} --format {target} --dtype {error.holding}"
+    target, dtype = (export.name, error.holding) if is_asked else (HfExport.name, "float32")
+    command = f"python train.py export --config {config} --format {target} --dtype {dtype}"
     return ConfigurationError(error.key, f"{error.reason}; the calibration is kept, export it with {command}")

@@ -99,6 +99,9 @@ def _check_output(folder: Path, model: PreTrainedModel) -> None:
     """Refuse a folder that cannot be written, or whose content would be lost."""
     if (folder / "config.yaml").exists():  # of the model saved beside it, which would be replaced
         raise ConfigurationError("output", f"{folder} holds a run; give a new folder, or delete that one")
+    for path in (folder / "original", folder / "calibration.npy"):
+        if path.exists():
+            raise ConfigurationError("output", f"{path} is there already and would be replaced; give a new folder")
     check_target(folder / "model", folder, Path(model.name_or_path or folder / "original"), "output")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():

@@ -109,7 +109,9 @@ def _tensors(folded: FoldedModel, family: MlcFamily, half: Narrowing) -> Iterato
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     for name, tensor in folded.non_block_tensors():
         own = names.get(name.removeprefix("model."), name)
-        if not (name.endswith(".inv_freq") or (own == "lm_head.weight" and is_tied(source))):
+        # No parameter of MLC-LLM is an integer.
+        is_unread = name.endswith(".inv_freq") or not tensor.is_floating_point()
+        if not (is_unread or (own == "lm_head.weight" and is_tied(source))):
             yield own, half.cast(name, tensor)
     for index in range(len(folded)):
         prefix, block = source.block_prefix(index), folded.block(index)

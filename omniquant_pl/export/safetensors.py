@@ -78,6 +78,12 @@ class SafetensorsExport(Export):
         return replace(self.asked(dtype), reason="" if self.dtype else ", the dtype in config.json")
 
     @override
+    def check_values(self, model: OmniQuantModel) -> None:
+        tensors = ModelTensors(model)
+        for name, tensor in tensors.unfolded():
+            self._kept(tensors, name, tensor)
+
+    @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
         folded = FoldedModel(model, run)
         with atomic_directory(output, run.path, model.source.folder) as target:
@@ -124,12 +130,12 @@ class SafetensorsExport(Export):
             else:
                 yield name, self._kept(folded, name, block.tensors[name])
 
-    def _kept(self, folded: FoldedModel, name: str, tensor: Tensor) -> Tensor:
+    def _kept(self, tensors: ModelTensors, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor that is not quantized as it is stored."""
-        held = self.held_in(folded, name)
+        held = self.held_in(tensors, name)
         if held is not None:
             held.cast(name, tensor)
-        return self.keeping(self.dtype_of(folded, name)).cast(name, tensor)
+        return self.keeping(self.dtype_of(tensors, name)).cast(name, tensor)
 
     def _config(self, model: OmniQuantModel) -> dict[str, Any]:
         """Return the source's own configuration with the dtype and how it is quantized."""

@@ -60,7 +60,7 @@ class Narrowing:
         narrow = tensor.to(self.dtype)
         lost = narrow.to(tensor.dtype) != tensor if is_exact else ~narrow.isfinite()
         if bool(lost.any()):
-            self._refuse(name, tensor[lost])
+            self._refuse(name, tensor[lost], is_exact)
         return narrow
 
     def check_weight(self, name: str, scale: Tensor, dequantize: Callable[[], Tensor]) -> None:
@@ -78,20 +78,23 @@ class Narrowing:
         if float(scale.abs().max()) * widest > torch.finfo(self.dtype).max:
             self.cast(name, dequantize())
 
-    def _refuse(self, name: str, lost: Tensor) -> None:
+    def _refuse(self, name: str, lost: Tensor, is_exact: bool) -> None:
         worst = lost[lost.abs().argmax()]
         value, largest = float(worst), torch.finfo(self.dtype).max
         beyond = f"beyond {_name(self.dtype)} (at most {largest:.6g})"
         fault = beyond if not bool(worst.to(self.dtype).isfinite()) else f"which {_name(self.dtype)} rounds"
-        holding = _name(_holding(lost))
+        holding = _name(_holding(lost, is_exact))
         message = f"{name} has the value {value:.6g}, {fault}{self.reason}; {self.remedy.format(holding)}"
         raise NarrowDtypeError(self.key, message, holding)
 
 
-def _holding(values: Tensor) -> torch.dtype:
-    """Return the narrowest dtype in which all values are finite, float16 aside, which has been tried."""
-    wider = (dtype for dtype in _WIDER[1:] if bool(values.to(dtype).isfinite().all()))
-    return next(wider, torch.float32)
+def _holding(values: Tensor, is_exact: bool) -> torch.dtype:
+    """Return the narrowest dtype in which all values are finite, or exact; float16 aside, which has been tried."""
+    for dtype in _WIDER[1:]:
+        narrow = values.to(dtype)
+        if bool((narrow.to(values.dtype) == values if is_exact else narrow.isfinite()).all()):
+            return dtype
+    return torch.float32
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_a_run_folder_whose_export_would_replace_something_is_refused(llama: Pat
             quantize(load(llama), settings=QUICK, output=output)
         assert not (output / "original").exists()
     assert mine.exists()
+
+
+@pytest.mark.parametrize("name", ["original", "calibration.npy"])
+def test_a_folder_keeps_what_would_be_replaced(llama: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(llama, tmp_path / name)
+    with pytest.raises(ConfigurationError, match=rf"^output: {tmp_path / name} is there already"):
+        quantize(load(tmp_path / name), settings=QUICK, output=tmp_path)
+    stored = (llama / "model.safetensors").read_bytes()
+    assert (tmp_path / name / "model.safetensors").read_bytes() == stored
 
 
 def test_a_folder_that_holds_a_run_keeps_its_model(llama: Path, tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ FILES = {
     "section.yaml": "model:\n",
     "braces.yaml": "{}\n",
     "number.yaml": "model: 3\n",
+    "quoted.yaml": 'model: "@org/llama"\n',
+    "quoted-colons.yaml": 'data: "a: b: c"\n',
+    "merge.yaml": "<<: {model: {path: a}}\n",
     "number-inside.yaml": "model:\n  weights: 4\n",
     "null.yaml": "data:\n  samples: null\n",
     "null-section.yaml": "model:\ndata: {samples: 4}\n",
@@ -173,6 +176,12 @@ MISTAKES = [
         "fit --config twice-inside.yaml",
         r"--config: twice-inside\.yaml, line 4, .*: model\.weights\.bits is here a second",
     ),
+    (
+        "fit --config quoted.yaml",
+        r"quoted\.yaml, line 1: model: @org/llama is not accepted; expected its settings: model\.path",
+    ),
+    ("fit --config quoted-colons.yaml", r"quoted-colons\.yaml, line 1: data: a: b: c is a text"),
+    ("fit --config merge.yaml", r"--config: merge\.yaml, line 1, column 1: the file has no key of its own"),
     ("fit --config section.yaml", r"--config: section\.yaml, line 1, column 1: model is empty"),
     ("fit --config colon.yaml", r"colon\.yaml, line 1: model: .* a space belongs behind the colon: path: tiny-llama"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ class TestBeforeAnyWork:
         key = "format" if format_name == "mlc" else "dtype"
         with pytest.raises(ConfigurationError, match=rf"^export\.{key}: {name} {FOUND}.*bfloat16"):
             export.check_values(settings)
+
+    @pytest.mark.parametrize("name", [EMBEDDING, NORM])
+    @pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors"])
+    def test_values_beyond_the_dtype_that_programs_compute_in(
+        self, large: Callable[..., Path], format_name: str, name: str
+    ) -> None:
+        """The tensor is stored in float32; ``config.json`` says float16, which programs take."""
+        folder = large(name, torch.float32)
+        config = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
+        (folder / "config.json").write_text(json.dumps(config))
+        settings = OmniQuantModel(str(folder), WeightSpec(3, 32))
+        found = FOUND.replace("70144", "70000")
+        with pytest.raises(ConfigurationError, match=rf"^export\.dtype: {name} {found}, the dtype in config.json; "):
+            open_format(format_name, settings).check_values(settings)
 
     def test_values_that_a_transformation_may_change_are_left_for_later(self, large: Callable[..., Path]) -> None:
         settings = OmniQuantModel(str(large(NORM)), WeightSpec(3, 32), transform=TransformSpec())
@@ -200,7 +215,7 @@ class TestFit:
         [
             ("hf", "--format hf --dtype bfloat16"),
             ("packed", "--format packed --dtype bfloat16"),
-            ("mlc", "--format hf --dtype bfloat16"),
+            ("mlc", "--format hf --dtype float32"),
         ],
     )
     def test_what_only_folding_shows_keeps_the_calibration(

@@ -60,3 +60,10 @@ def test_weights_by_their_largest_value(scale: float, largest: float) -> None:
     else:
         half.check_weight("w", torch.tensor([scale]), dequantize)
     assert bool(seen) is (scale > 255)
+
+
+def test_what_has_to_be_exact_is_said_to_be_held_where_it_is_exact() -> None:
+    third = torch.tensor([1 / 3])  # float32's; bfloat16 rounds it, as float16 does
+    with pytest.raises(NarrowDtypeError, match="which float16 rounds; float32 holds it") as caught:
+        Narrowing(torch.float16, "key").cast("a", third, is_exact=True)
+    assert caught.value.holding == "float32"

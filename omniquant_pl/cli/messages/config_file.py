@@ -35,8 +35,9 @@ def check_config_file(path: str) -> None:
     _check_no_twins(path, node)
     names = [name for name, _, value in _entries(node) if value.tag != _NULL]
     if not names:
-        message = f"{next(_entries(node))[0]} is empty; its settings stand below it, indented"
-        raise _error(path, message, node.start_mark)
+        empty = next((name for name, _, _ in _entries(node)), None)
+        message = "the file has no key of its own" if empty is None else f"{empty} is empty"
+        raise _error(path, f"{message}; settings stand below their section, indented", node.start_mark)
 
 
 def read_nodes(path: str) -> yaml.Node | None:

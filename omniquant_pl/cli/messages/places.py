@@ -59,7 +59,12 @@ def check_nulls(config: Mapping[str, Any], asked: Asked) -> None:
 
 def _is_misread(value: str | None) -> bool:
     """Return whether it is neither a section nor a text, for which the parser has words."""
-    return value is not None and not isinstance(yaml.safe_load(value), str)
+    if value is None:
+        return False
+    try:
+        return not isinstance(yaml.safe_load(value), str)
+    except yaml.YAMLError:  # a text that was in quotes
+        return False
 
 
 def _kinds(parser: ArgumentParser) -> dict[str, Any]:
