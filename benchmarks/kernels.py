@@ -79,7 +79,7 @@ class CudaClock:
         ]
 
     def _capture(self, contender: Method) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.HiddenStates()
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             contender.run(0)

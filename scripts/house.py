@@ -81,7 +81,7 @@ def counts(root: Path) -> dict[str, object]:
 
 def main() -> None:
     """Print the counts, of two checkouts side by side if another is given."""
-    columns = [counts(Path(each)) for each in (*sys.argv[1:2], Path(__file__).resolve().parent.parent)]
+    columns = [counts(root) for root in (*map(Path, sys.argv[1:2]), Path(__file__).resolve().parent.parent)]
     for key in columns[-1]:
         print(f"{key:42}", *(f"{column[key]!s:>8}" for column in columns))
 

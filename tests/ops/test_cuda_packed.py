@@ -133,7 +133,7 @@ def test_stream() -> None:
     weight = packed(4, 512, 1024, 128, symmetric=False)
     device = on_device(*weight)
     x = torch.randn(2, 1024)
-    stream = torch.cuda.HiddenStates()
+    stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         late = torch.zeros(2, 1024, device="cuda")
