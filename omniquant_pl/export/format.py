@@ -113,7 +113,27 @@ class Export(ABC):
         dtypes = self.kept_dtypes(tensors)
         for name, tensor in tensors.unfolded():
             if name in dtypes:
-                self.keeping(dtypes[name]).cast(name, tensor)
+                self.kept(tensors, name, tensor, dtypes[name])
+
+    def kept(self, tensors: ModelTensors, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor that is not quantized as it is stored.
+
+        Raises:
+            ConfigurationError: If the dtype, or the one that programs hold it in, does not hold a value.
+        """
+        held = self.held_in(tensors, name)
+        if held is not None:
+            held.cast(name, tensor)
+        return self.keeping(dtype).cast(name, tensor)
+
+    def held_in(self, tensors: ModelTensors, name: str) -> Narrowing | None:
+        """Return the cast that programs do when they load a tensor, or dequantize a weight; ``None`` if they do none.
+
+        Args:
+            tensors: The model.
+            name: Name of the tensor in the checkpoint, of a quantized weight as well.
+        """
+        return None
 
     def keeping(self, dtype: torch.dtype) -> Narrowing:
         """Return the cast of a tensor that is not quantized, to one of :meth:`kept_dtypes`."""

@@ -67,21 +67,11 @@ class SafetensorsExport(Export):
         own = config.get("dtype") or config.get("torch_dtype")
         return self.dtype or next((known for known in get_args(StorageDtype) if known == own), "float32")
 
+    @override
     def held_in(self, tensors: ModelTensors, name: str) -> Narrowing | None:
-        """Return the cast that programs do when they load a tensor, or dequantize a weight; ``None`` if they do none.
-
-        Args:
-            tensors: The model.
-            name: Name of the tensor in the checkpoint, of a quantized weight as well.
-        """
+        """Programs compute in the dtype that ``config.json`` states."""
         dtype = getattr(torch, self.config_dtype(tensors.source.config_json))
         return replace(self.asked(dtype), reason="" if self.dtype else ", the dtype in config.json")
-
-    @override
-    def check_values(self, model: OmniQuantModel) -> None:
-        tensors = ModelTensors(model)
-        for name, tensor in tensors.unfolded():
-            self._kept(tensors, name, tensor)
 
     @override
     def write(self, model: OmniQuantModel, run: RunFolder, output: Path) -> None:
@@ -113,7 +103,7 @@ class SafetensorsExport(Export):
 
     def _tensors(self, folded: FoldedModel) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in folded.non_block_tensors():
-            yield name, self._kept(folded, name, tensor)
+            yield name, self.kept(folded, name, tensor, self.dtype_of(folded, name))
         for index in range(len(folded)):
             yield from self._block_tensors(folded, index)
 
@@ -128,14 +118,7 @@ class SafetensorsExport(Export):
                 packed = self.pack(weight, folded.linears[linear])
                 yield from ((f"{linear}.{suffix}", tensor) for suffix, tensor in packed.items())
             else:
-                yield name, self._kept(folded, name, block.tensors[name])
-
-    def _kept(self, tensors: ModelTensors, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor that is not quantized as it is stored."""
-        held = self.held_in(tensors, name)
-        if held is not None:
-            held.cast(name, tensor)
-        return self.keeping(self.dtype_of(tensors, name)).cast(name, tensor)
+                yield name, self.kept(folded, name, block.tensors[name], self.dtype_of(folded, name))
 
     def _config(self, model: OmniQuantModel) -> dict[str, Any]:
         """Return the source's own configuration with the dtype and how it is quantized."""
