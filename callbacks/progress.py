@@ -19,20 +19,12 @@ from omniquant_pl.blocks.module import BlockModule
 from omniquant_pl.blocks.quantized_block import QuantizedBlock
 from omniquant_pl.calibration.hooks import BlockResult, CalibrationCallback, CalibrationTrainer, calibration_trainer
 from omniquant_pl.callbacks.log_file import LogFile
-from omniquant_pl.callbacks.progress_lines import (
-    block_line,
-    divergence,
-    duration,
-    encodable,
-    finish_lines,
-    small,
-    variant_name,
-)
+from omniquant_pl.callbacks.progress_lines import block_line, divergence, encodable, finish_lines, variant_name
 from omniquant_pl.callbacks.segments import RemoteSegments
 from omniquant_pl.callbacks.time_left import TimeLeft, last_block_cost
 from omniquant_pl.evaluate import VARIANTS
 from omniquant_pl.model import OmniQuantModel
-from omniquant_pl.utils.formatting import format_bytes, number
+from omniquant_pl.utils.formatting import duration, format_bytes, number, small
 from omniquant_pl.utils.memory import peak_memory
 
 __all__ = ["ProgressCallback"]

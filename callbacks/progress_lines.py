@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from omniquant_pl.evaluate import VARIANTS
-from omniquant_pl.utils.formatting import format_bytes, number
+from omniquant_pl.utils.formatting import duration, format_bytes, number, small
 
-__all__ = ["block_line", "divergence", "duration", "encodable", "finish_lines", "small", "variant_name"]
+__all__ = ["block_line", "divergence", "encodable", "finish_lines", "variant_name"]
 
 _SEPARATOR = " · "
 _NAMES = {"full_precision": "full precision", "round_to_nearest": "round to nearest", "quantized": "calibrated"}
@@ -21,23 +20,6 @@ _NAMES = {"full_precision": "full precision", "round_to_nearest": "round to near
 def variant_name(variant: str) -> str:
     """Return what people call a variant of the model."""
     return _NAMES[variant]
-
-
-def small(value: float | None) -> str:
-    """Return 0.0612 as ``0.061``, 0.000123 as ``1.2e-04``; ``not finite`` of what is null in files."""
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.2g}" if abs(value) < 1 else f"{value:.4g}"
-    return f"{value:.1e}"
-
-
-def duration(seconds: float) -> str:
-    """Return 4000 as ``1 h 7 min``, 216 as ``4 min`` and 5.2 as ``5 s``."""
-    if seconds < 59.5:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def encodable(line: str, encoding: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_seconds", "number", "scientific"]
+import math
+
+__all__ = ["duration", "format_bytes", "format_seconds", "number", "scientific", "small"]
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -26,6 +28,14 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def duration(seconds: float) -> str:
+    """Return 4000 as ``1 h 7 min``, 216 as ``4 min`` and 5.2 as ``5 s``, for a line of the terminal."""
+    if seconds < 59.5:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def number(value: float | None) -> str:
     """Return a number with two places; ``not finite`` of what stands as null in files."""
     if value is None:
@@ -36,3 +46,12 @@ def number(value: float | None) -> str:
 def scientific(value: float | None) -> str:
     """Return 0.000123 as ``1.23e-04``."""
     return "not finite" if value is None else f"{value:.2e}"
+
+
+def small(value: float | None) -> str:
+    """Return 0.0612 as ``0.061``, 0.000123 as ``1.2e-04``; ``not finite`` of what is null in files."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.2g}" if abs(value) < 1 else f"{value:.4g}"
+    return f"{value:.1e}"

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniquant_pl.callbacks.progress_lines import block_line, divergence, duration, encodable, finish_lines, small
+from omniquant_pl.callbacks.progress_lines import block_line, divergence, encodable, finish_lines
+from omniquant_pl.utils.formatting import duration, small
 
 NUMBERS = st.none() | st.just(math.nan) | st.floats(min_value=0, allow_infinity=True)
 SECONDS = st.floats(min_value=0, max_value=3.5e5)  # four days
